@@ -1,0 +1,310 @@
+"""HyperAttention: detector, sampler, estimator and kernel composed into attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+
+from . import detectors, estimators, samplers
+from .builder import SampleDraw, build_plans
+from .causal import Rectangle, attend_recursively
+from .component import (
+    check_bool,
+    check_choice,
+    check_non_negative_int,
+)
+from .errors import ArgumentTypeError
+from .kernels import attend, exact_attention, resolve_backend, visible_keys
+from .kernels.backends import BACKENDS
+from .kernels.exact import exact_output
+from .masks import HeavyMask
+from .padding import solve_padded
+from .randomness import make_generator
+from .samples import KeySample
+from .state import AttentionState, merge
+from .trace import active_trace
+from .validation import check_inputs, check_padding_mask, check_scale
+
+__all__ = ["DEFAULT_MIN_SEQ_LEN", "HyperAttention", "hyper_attention"]
+
+DEFAULT_MIN_SEQ_LEN = 4096
+"""Sequence length up to which exact attention runs when `min_seq_len=None`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HyperAttention:
+    """Near-linear attention: heavy entries exactly, the rest by weighted samples.
+
+    Args:
+        detector: which entries are heavy: a name, a spec string such as
+            `"sort_lsh(block_size=256)"` or `"sliding_window | heavy_columns"`, or an instance.
+        sampler: which columns stand for the rest; the same three forms.
+        estimator: how the row sums are estimated; the same three forms.
+        num_samples: sampled keys for a row (in the recursion: for a row of each rectangle); 0
+            drops everything that is not heavy. Where no more keys than this exist, all of them
+            are taken once.
+        causal: how causal attention is computed: `"single_pass"` (an elementwise test inside the
+            tiles, samples from each tile's prefix) or `"recursive"` (Algorithm 4).
+        strict_causal: True lets only queries before a row's tile or rectangle help to choose its
+            entries, so that row i depends on positions <= i alone. False uses all queries, as
+            block selection everywhere does. Keys and values never leak, either way.
+        min_seq_len: exact attention runs for `n_k <= min_seq_len`, and in the leaves of the
+            recursion up to this length; 0 never falls back; None is `DEFAULT_MIN_SEQ_LEN`.
+        backend: `"auto"`, `"reference"`, `"torch"`, `"triton"` or `"numba"`; one that was asked
+            for runs or raises, it is never replaced.
+        seed: seed of the draws. The same inputs and seed give the same bits: the object has no
+            state. To draw anew in every step, pass a `generator` to the call, or set `seed=None`:
+            then each call takes one seed from torch's global CPU generator, which activation
+            checkpointing restores.
+        check_finite: look for NaN and infinities first (reads the device).
+
+    Example:
+        >>> import torch
+        >>> q, k, v = torch.randn(3, 1, 4, 512, 32).unbind()
+        >>> attn = HyperAttention(detector="heavy_columns(num_columns=64)", min_seq_len=0)
+        >>> attn(q, k, v, is_causal=True).shape
+        torch.Size([1, 4, 512, 32])
+
+    Cost: O(n (heavy + num_samples) d) plus the detector's, times `log2(n / min_seq_len)` in the
+    recursion. Differentiable in query, key and value: the exact gradient of the forward with the
+    chosen indices and weights held constant. One query is always exact. Source: HyperAttention
+    (arXiv 2310.05869), Algorithms 1-4.
+    """
+
+    detector: Any = "sort_lsh"
+    sampler: Any = "uniform"
+    estimator: Any = "uniform"
+    num_samples: int = 256
+    causal: str = "single_pass"
+    strict_causal: bool = False
+    min_seq_len: int | None = None
+    backend: str = "auto"
+    seed: int | None = 0
+    check_finite: bool = False
+
+    def __post_init__(self) -> None:
+        """Create the components and check the parameters."""
+        object.__setattr__(self, "detector", detectors.create(self.detector))
+        object.__setattr__(self, "sampler", samplers.create(self.sampler))
+        object.__setattr__(self, "estimator", estimators.create(self.estimator))
+        owner = "HyperAttention"
+        check_non_negative_int(owner, "num_samples", self.num_samples)
+        check_choice(owner, "causal", self.causal, ("single_pass", "recursive"))
+        check_bool(owner, "strict_causal", self.strict_causal)
+        check_bool(owner, "check_finite", self.check_finite)
+        check_choice(owner, "backend", self.backend, BACKENDS)
+        if self.min_seq_len is not None:
+            check_non_negative_int(owner, "min_seq_len", self.min_seq_len)
+        if self.seed is not None and (isinstance(self.seed, bool) or type(self.seed) is not int):
+            raise ArgumentTypeError(
+                f"HyperAttention: seed={self.seed!r} has type {type(self.seed).__name__}; pass an "
+                "int, or None to draw one from torch's global generator in every call"
+            )
+
+    @overload
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *,
+        is_causal: bool = ..., scale: float | None = ...,
+        key_padding_mask: torch.Tensor | None = ..., return_lse: Literal[False] = ...,
+        generator: torch.Generator | None = ...,
+    ) -> torch.Tensor: ...  # fmt: skip
+
+    @overload
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *,
+        is_causal: bool = ..., scale: float | None = ...,
+        key_padding_mask: torch.Tensor | None = ..., return_lse: Literal[True],
+        generator: torch.Generator | None = ...,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *,
+        is_causal: bool = False, scale: float | None = None,
+        key_padding_mask: torch.Tensor | None = None, return_lse: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Attend.
+
+        Args:
+            query: `[batch, query_heads, n_q, d]`; float32, bfloat16, float16 or float64.
+            key: `[batch, key_heads, n_k, d]`, `query_heads % key_heads == 0`.
+            value: `[batch, key_heads, n_k, d_v]`.
+            is_causal: `key position <= query position`; the last query is aligned with the last
+                key when `n_q != n_k`.
+            scale: factor of the logits; None is `1 / sqrt(d)`.
+            key_padding_mask: bool `[batch, n_k]`, True for real keys. Padding is cut out before
+                anything else sees the keys. Reads the device.
+            return_lse: also return the log normaliser.
+            generator: source of the draws; replaces `seed`.
+
+        Returns:
+            `out` `[batch, query_heads, n_q, d_v]`, and with `return_lse` the natural logarithm of
+            the (estimated) row sums, float32 `[batch, query_heads, n_q]` (float64 for float64).
+            A row without keys returns 0 and `-inf`.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: arguments that do not fit.
+            UnsupportedError: a component that cannot do what was asked, by name.
+            BackendUnavailableError: the backend cannot run here.
+        """
+        query, key, value = check_inputs(query, key, value, check_finite=self.check_finite)
+        scale = check_scale(scale, query.shape[-1])
+        check_bool("HyperAttention", "is_causal", is_causal)
+        resolve_backend(self.backend, query.device)
+        if generator is None:
+            generator = make_generator(self.seed, query.device)
+        call = _Call(self, scale, generator, need_lse=return_lse)
+        if key_padding_mask is None:
+            state = call.solve(query, key, value, is_causal)
+        else:
+            mask = check_padding_mask(key_padding_mask, key)
+            state = solve_padded(call.solve, query, key, value, mask, is_causal=is_causal)
+        trace = active_trace()
+        if trace is not None:
+            trace.queries += query.shape[0] * query.shape[1] * query.shape[2]
+        return (state.out, state.lse) if return_lse else state.out
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One attention call: the parts of the pipeline with its scale and generator."""
+
+    attention: HyperAttention
+    scale: float
+    generator: torch.Generator
+    need_lse: bool
+
+    @property
+    def min_seq_len(self) -> int:
+        chosen = self.attention.min_seq_len
+        return DEFAULT_MIN_SEQ_LEN if chosen is None else chosen
+
+    def solve(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool
+    ) -> AttentionState:
+        """Attend without padding."""
+        attention = self.attention
+        trace = active_trace()
+        if query.shape[2] == 1 or key.shape[2] <= self.min_seq_len:
+            if trace is not None:
+                trace.exact_calls += 1
+            return self._exact(query, key, value, is_causal)
+        if trace is not None:
+            trace.approximate_calls += 1
+        if is_causal and attention.causal == "recursive":
+            return attend_recursively(
+                query, key, value, longest_leaf=max(1, self.min_seq_len),
+                solve=self._solve_rectangle, stacked=not attention.detector.is_positional,
+                solve_leaf=lambda q, k, v: self._exact(q, k, v, True, need_lse=True),
+            )  # fmt: skip
+        strict = attention.strict_causal and is_causal
+        find = attention.detector.find_strict if strict else attention.detector.find
+        with torch.no_grad():
+            mask = find(
+                query, key, scale=self.scale, is_causal=is_causal, generator=self.generator
+            )
+        return self._attend(query, key, value, mask)
+
+    def _exact(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool,
+        need_lse: bool | None = None,
+    ) -> AttentionState:  # fmt: skip
+        trace = active_trace()
+        if trace is not None:
+            num_queries, num_keys = query.shape[2], key.shape[2]
+            seen = torch.full((num_queries,), num_keys)
+            if is_causal:
+                seen = (torch.arange(num_queries) + 1 + num_keys - num_queries).clamp(min=0)
+            trace.keys += int(seen.sum()) * query.shape[0] * query.shape[1]
+        if self.need_lse if need_lse is None else need_lse:
+            return exact_attention(query, key, value, scale=self.scale, is_causal=is_causal)
+        out = exact_output(query, key, value, scale=self.scale, is_causal=is_causal)
+        return AttentionState(out=out, lse=out.new_empty(0))
+
+    def _solve_rectangle(self, part: Rectangle) -> AttentionState:
+        with torch.no_grad():
+            mask = self.attention.detector.find_rectangle(
+                part.query, part.key, scale=self.scale, generator=self.generator,
+                query_start=part.query_start, key_start=part.key_start, first_row=part.first_row,
+                earlier_query=part.earlier_query, strict=self.attention.strict_causal,
+            )  # fmt: skip
+        return self._attend(part.query, part.key, part.value, mask)
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: HeavyMask
+    ) -> AttentionState:
+        """Attend by a mask, the sampled rest and the estimator's rule."""
+        attention = self.attention
+        rule = attention.estimator.rule(
+            query, key, mask, scale=self.scale, num_samples=attention.num_samples,
+            generator=self.generator,
+        )  # fmt: skip
+        plans = build_plans(
+            mask, key_heads=key.shape[1], draw=self._draw(query, key, value), rule=rule
+        )
+        trace = active_trace()
+        if trace is not None:
+            for plan in plans:
+                trace.keys += int(visible_keys(plan, key_heads=key.shape[1]).sum())
+        states = [
+            attend(query, key, value, plan, scale=self.scale, backend=attention.backend)
+            for plan in plans
+        ]
+        state = merge(*states)
+        if rule.log_sum is not None:
+            # the numerator stays, the normaliser is replaced
+            factor = torch.exp(state.lse - rule.log_sum).unsqueeze(-1)
+            factor = torch.where(torch.isinf(rule.log_sum).unsqueeze(-1), 0, factor)
+            state = AttentionState(
+                out=(state.out * factor).to(state.out.dtype), lse=rule.log_sum.to(state.lse)
+            )
+        return state
+
+    def _draw(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> SampleDraw | None:
+        num_samples, num_keys = self.attention.num_samples, key.shape[2]
+        if num_samples == 0:
+            return None
+
+        def draw(prefixes: torch.Tensor | None) -> KeySample:
+            sampler = self.attention.sampler
+            if prefixes is not None:
+                return sampler.sample_prefixes(  # type: ignore[no-any-return]
+                    query, key, value, num_samples=num_samples, prefixes=prefixes,
+                    generator=self.generator,
+                )  # fmt: skip
+            if num_samples >= num_keys:
+                index = torch.arange(num_keys, device=key.device).expand(*key.shape[:2], -1)
+                return KeySample(index=index, log_weight=torch.zeros_like(index).float())
+            return sampler.sample(  # type: ignore[no-any-return]
+                query, key, value, num_samples=num_samples, generator=self.generator
+            )
+
+        return draw
+
+
+def hyper_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, is_causal: bool = False,
+    scale: float | None = None, key_padding_mask: torch.Tensor | None = None,
+    return_lse: bool = False, generator: torch.Generator | None = None, **options: Any,
+) -> Any:  # fmt: skip
+    """Attend once: `HyperAttention(**options)(query, key, value, ...)`.
+
+    Args:
+        query, key, value, is_causal, scale, key_padding_mask, return_lse, generator: see
+            `HyperAttention.__call__`.
+        **options: see `HyperAttention`.
+
+    Example:
+        >>> import torch
+        >>> q, k, v = torch.randn(3, 1, 2, 256, 16).unbind()
+        >>> hyper_attention(q, k, v, detector="sliding_window(width=32)", min_seq_len=0).shape
+        torch.Size([1, 2, 256, 16])
+    """
+    return HyperAttention(**options)(
+        query, key, value, is_causal=is_causal, scale=scale, key_padding_mask=key_padding_mask,
+        return_lse=return_lse, generator=generator,
+    )  # fmt: skip

@@ -1,0 +1,197 @@
+"""From a heavy mask and a residual sample to tile plans.
+
+`build_plans` turns any `HeavyMask` into plans whose exact entries are the mask's, entry for entry,
+and whose sampled entries stand for the rest. Parts that live in an order of their own (hash
+blocks) become a plan each; everything laid out by position (bands, lists) becomes one more plan,
+which leaves out what the ordered ones hold. The plans have disjoint support: their states merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import gcd
+
+import torch
+
+from .masks import BandMask, HeavyMask, ListMask, RangeMask
+from .plan import RankRanges, TilePlan
+from .ragged import append_lists, concatenate_lists, spread_heads
+from .rowsums import RowSumRule
+from .samples import KeySample
+
+__all__ = ["POSITION_TILE", "SampleDraw", "build_plans"]
+
+POSITION_TILE = 64
+"""Rows of a tile of a plan laid out by position, where the mask does not say."""
+
+SampleDraw = Callable[["torch.Tensor | None"], KeySample]
+"""Draws the residual: of all keys (None), or of the prefix of each tile (int64 `[tiles]`)."""
+
+
+def build_plans(
+    mask: HeavyMask, *, key_heads: int, draw: SampleDraw | None = None,
+    rule: RowSumRule | None = None,
+) -> list[TilePlan]:  # fmt: skip
+    """Return plans with disjoint support for a mask and a residual.
+
+    Args:
+        mask: the heavy entries.
+        key_heads: number of key heads.
+        draw: draws the residual; None leaves the rest of the matrix out.
+        rule: caps and floor for the sampled part.
+
+    Returns:
+        One plan for every `RangeMask` in the mask, then one for the rest. The residual is in the
+        last. Under a causal mask it is drawn from the prefix of each tile of consecutive rows.
+        Cost O(total list length log(list length)); no list is built where one is shared.
+    """
+    ordered = [part for part in mask.parts() if isinstance(part, RangeMask)]
+    positional = [part for part in mask.parts() if not isinstance(part, RangeMask)]
+    needs_position = bool(positional) or not ordered or (mask.is_causal and draw is not None)
+    plans = []
+    for number, part in enumerate(ordered):
+        is_last = number == len(ordered) - 1 and not needs_position
+        sample = draw(None) if draw is not None and is_last else None
+        plans.append(
+            _range_plan(part, ordered[:number], sample, rule if is_last else None)
+        )
+    if needs_position:
+        plans.append(_position_plan(mask, positional, ordered, key_heads, draw, rule))
+    return plans
+
+
+def _excluded(masks: list[RangeMask]) -> RankRanges | None:
+    if not masks:
+        return None
+    ranges = [mask.row_ranges() for mask in masks]
+    return RankRanges(
+        key_rank=torch.stack([mask.key_rank() for mask in masks], dim=2),
+        start=torch.stack([start for start, _ in ranges], dim=2),
+        stop=torch.stack([stop for _, stop in ranges], dim=2),
+    )
+
+
+def _range_plan(
+    mask: RangeMask, earlier: list[RangeMask], sample: KeySample | None, rule: RowSumRule | None
+) -> TilePlan:
+    """Plan of one ordered mask: every tile gathers its range of the key order."""
+    heads = mask.num_query_heads
+    key_order = spread_heads(mask.key_order, heads)
+    length = mask.stop - mask.start  # [B, H, T]
+    slot = torch.arange(mask.max_keys, device=mask.device)
+    rank = (mask.start.unsqueeze(-1) + slot).clamp(max=mask.num_keys - 1)  # [B, H, T, L]
+    index = key_order.gather(-1, rank.flatten(2)).view(rank.shape)
+    log_weight = None
+    key_count = length
+    if sample is not None:
+        drawn = spread_heads(sample.index, heads).unsqueeze(2)  # [B, H, 1, m]
+        drawn_rank = spread_heads(mask.key_rank(), heads).gather(-1, drawn.squeeze(2)).unsqueeze(2)
+        held = (mask.start.unsqueeze(-1) <= drawn_rank) & (drawn_rank < mask.stop.unsqueeze(-1))
+        weight = spread_heads(sample.log_weight, heads).unsqueeze(2).masked_fill(held, float("-inf"))
+        index, log_weight, key_count = append_lists(
+            index, length, drawn.expand_as(weight), weight
+        )
+    return TilePlan(
+        key_index=index.int(), key_count=key_count.int(), heavy_count=length.int(),
+        tile_size=mask.tile_size, num_query_heads=heads, num_queries=mask.num_queries,
+        num_keys=mask.num_keys, query_order=mask.query_order, log_weight=log_weight,
+        log_cap=rule.log_cap if rule else None, log_floor=rule.log_floor if rule else None,
+        is_causal=mask.is_causal, query_offset=mask.query_offset, excluded=_excluded(earlier), disjoint=True,
+    )  # fmt: skip
+
+
+def _position_plan(
+    mask: HeavyMask, parts: list[HeavyMask], ordered: list[RangeMask], key_heads: int,
+    draw: SampleDraw | None, rule: RowSumRule | None,
+) -> TilePlan:  # fmt: skip
+    """Plan of everything laid out by position: bands, lists, and the residual."""
+    bands = [part for part in parts if isinstance(part, BandMask)]
+    lists = [part for part in parts if isinstance(part, ListMask)]
+    # one band can be tested per entry; further bands become lists of single rows
+    lists += [_band_as_list(band) for band in bands[1:]]
+    band = bands[0] if bands else None
+    per_tile_sample = draw is not None and mask.is_causal
+    tile_size = _common_tile(lists, mask.num_queries, band is not None or per_tile_sample)
+    num_tiles = -(-mask.num_queries // tile_size)
+    heads = max([key_heads] + [part.key_index.shape[1] for part in lists])
+    shape = (mask.batch_size, heads, num_tiles)
+
+    pieces = [(part.key_index, part.key_count) for part in (p.retile(tile_size) for p in lists)]
+    if band is not None:
+        sinks = min(band.num_sinks, mask.num_keys)
+        if sinks:
+            index = torch.arange(sinks, device=mask.device).expand(1, 1, num_tiles, -1)
+            pieces.insert(0, (index, torch.full((1, 1, 1), sinks, device=mask.device)))
+    index, count = concatenate_lists(pieces, shape, mask.device)
+    band_count = None
+    if band is not None:
+        banded, band_count = _band_lists(band, tile_size, num_tiles)
+        index, count = concatenate_lists([(banded, band_count), (index, count)], shape, mask.device)
+        band_count = band_count.expand(shape).int()
+    heavy_count, key_count, log_weight = count, count, None
+    if draw is not None:
+        sample = draw(_tile_ends(mask, tile_size) if per_tile_sample else None)
+        drawn, weight = spread_heads(sample.index, heads), spread_heads(sample.log_weight, heads)
+        if drawn.dim() == 3:
+            drawn = drawn.unsqueeze(2).expand(-1, -1, num_tiles, -1)
+            weight = weight.unsqueeze(2).expand(-1, -1, num_tiles, -1)
+        index, log_weight, key_count = append_lists(index, heavy_count, drawn, weight)
+    plan = TilePlan(
+        key_index=index.int() if index.dtype != torch.int32 else index, key_count=key_count.int(),
+        heavy_count=heavy_count.int(), tile_size=tile_size, num_query_heads=mask.num_query_heads,
+        num_queries=mask.num_queries, num_keys=mask.num_keys, log_weight=log_weight,
+        log_cap=rule.log_cap if rule else None, log_floor=rule.log_floor if rule else None,
+        is_causal=mask.is_causal, query_offset=mask.query_offset,
+        band=(band.left, band.right) if band else None,
+        band_count=band_count, excluded=_excluded(ordered),
+    )  # fmt: skip
+    return plan.deduplicated()
+
+
+def _common_tile(lists: list[ListMask], num_queries: int, per_tile: bool) -> int:
+    """Return a tile size that divides every list's own; all rows if nothing varies by tile."""
+    size = 0
+    for part in lists:
+        if part.tile_size < num_queries:
+            size = gcd(size, part.tile_size)
+    if size:
+        return size
+    return min(POSITION_TILE, num_queries) if per_tile else num_queries
+
+
+def _tile_ends(mask: HeavyMask, tile_size: int) -> torch.Tensor:
+    """Return how many keys the last row of each tile may see: int64 `[tiles]`."""
+    num_tiles = -(-mask.num_queries // tile_size)
+    last_row = torch.arange(1, num_tiles + 1, device=mask.device) * tile_size
+    ends = last_row.clamp(max=mask.num_queries) + mask.position_offset
+    return ends.clamp(min=0)
+
+
+def _band_lists(
+    band: BandMask, tile_size: int, num_tiles: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys in the band of any row of each tile, sinks left out: `[1, 1, T, L]` and counts."""
+    first = torch.arange(num_tiles, device=band.device) * tile_size
+    last = (first + tile_size).clamp(max=band.num_queries) - 1
+    right = 0 if band.is_causal else band.right
+    begin = (first + band.position_offset - band.left).clamp(min=band.num_sinks)
+    end = (last + band.position_offset + right + 1).clamp(max=band.num_keys)
+    count = (end - begin).clamp(min=0)
+    longest = min(band.num_keys, tile_size + band.left + right)
+    index = begin.unsqueeze(-1) + torch.arange(longest, device=band.device)
+    return index.clamp(max=max(0, band.num_keys - 1))[None, None], count[None, None]
+
+
+def _band_as_list(band: BandMask) -> ListMask:
+    """Return a band as lists of single rows (for the second and further bands of a union)."""
+    index, count = _band_lists(band, 1, band.num_queries)
+    sinks = torch.arange(min(band.num_sinks, band.num_keys), device=band.device)
+    pieces = [(sinks.expand(1, 1, band.num_queries, -1), torch.full_like(count, len(sinks)))]
+    shape = (band.batch_size, 1, band.num_queries)
+    index, count = concatenate_lists([*pieces, (index, count)], shape, band.device)
+    return ListMask(
+        batch_size=band.batch_size, num_query_heads=band.num_query_heads,
+        num_queries=band.num_queries, num_keys=band.num_keys, is_causal=band.is_causal,
+        query_offset=band.query_offset,
+        key_index=index, key_count=count, tile_size=1,
+    )  # fmt: skip

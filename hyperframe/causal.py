@@ -1,0 +1,177 @@
+"""Causal attention by recursion (Algorithm 4).
+
+The causal matrix splits into causal leaves on the diagonal and, on `log2(n / leaf)` levels,
+squares below it that have no mask: each is a problem of its own, solved by any approximation.
+Their states are disjoint in keys and merge by log-sum-exp.
+
+Where Algorithm 4 halves the sequence, here all leaves are equally long, so that the rectangles of
+a level have one size and run as one batch; lengths that do not divide leave one shorter rectangle
+on each level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .rectangles import Level, causal_levels, even_runs, leaf_size, odd_runs
+from .state import AttentionState, empty_state, merge
+
+__all__ = ["Rectangle", "attend_recursively"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rectangle:
+    """Queries against keys that all come before them; several stacked along the batch.
+
+    Attributes:
+        query: `[batch * count, query_heads, rows, d]`.
+        key: `[batch * count, key_heads, keys, d]`.
+        value: `[batch * count, key_heads, keys, d_v]`.
+        earlier_query: the queries at the positions of the keys, or None if they are not known.
+        query_start: position of the first query (of the first rectangle of a stack).
+        key_start: position of the first key.
+        first_row: row of the first query in the whole call.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    earlier_query: torch.Tensor | None
+    query_start: int
+    key_start: int
+    first_row: int
+
+
+Solver = Callable[[Rectangle], AttentionState]
+LeafSolver = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], AttentionState]
+
+
+def attend_recursively(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, longest_leaf: int,
+    solve: Solver, solve_leaf: LeafSolver, stacked: bool = True,
+) -> AttentionState:  # fmt: skip
+    """Attend causally, bottom-right aligned.
+
+    Args:
+        query: `[batch, query_heads, n_q, d]`.
+        key: `[batch, key_heads, n_k, d]`.
+        value: `[batch, key_heads, n_k, d_v]`.
+        longest_leaf: leaves on the diagonal are at most this long.
+        solve: attends in a rectangle.
+        solve_leaf: attends causally in leaves, stacked along the batch.
+        stacked: whether equal rectangles may be solved as one batch; False solves each by itself,
+            with its position.
+
+    Returns:
+        The state of all rows; rows before every key are empty.
+    """
+    offset = key.shape[2] - query.shape[2]
+    if offset < 0:
+        # the first rows come before every key
+        rest = attend_recursively(
+            query[:, :, -offset:], key, value, longest_leaf=longest_leaf, solve=solve,
+            solve_leaf=solve_leaf, stacked=stacked,
+        )  # fmt: skip
+        first = empty_state(query[:, :, :-offset], value)
+        return _stack_rows([first, rest])
+    own_key, own_value = key[:, :, offset:], value[:, :, offset:]
+    state = _square(
+        query, own_key, own_value, longest_leaf, solve, solve_leaf, stacked, offset
+    )
+    if offset > 0:
+        before = Rectangle(
+            query=query, key=key[:, :, :offset], value=value[:, :, :offset], earlier_query=None,
+            query_start=offset, key_start=0, first_row=0,
+        )  # fmt: skip
+        state = merge(state, solve(before))
+    return state
+
+
+def _square(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, longest_leaf: int,
+    solve: Solver, solve_leaf: LeafSolver, stacked: bool, offset: int,
+) -> AttentionState:  # fmt: skip
+    length = query.shape[2]
+    leaf = leaf_size(length, longest_leaf)
+    state = _leaves(query, key, value, leaf, solve_leaf)
+    for level in causal_levels(length, leaf):
+        size, batch = level.size, query.shape[0]
+        pieces = []
+        if level.full and stacked:
+            rectangle = Rectangle(
+                query=odd_runs(query, level), key=even_runs(key, level),
+                value=even_runs(value, level), earlier_query=even_runs(query, level),
+                query_start=offset + size, key_start=offset, first_row=size,
+            )  # fmt: skip
+            solved = _unstack(solve(rectangle), batch)
+            pieces += [
+                AttentionState(out=out, lse=lse)
+                for out, lse in zip(solved.out.unbind(2), solved.lse.unbind(2), strict=True)
+            ]
+        singles = range(0 if not stacked else level.full, level.full + (level.ragged > 0))
+        for number in singles:
+            start = 2 * size * number
+            keys, rows = slice(start, start + size), slice(start + size, start + 2 * size)
+            pieces.append(
+                solve(
+                    Rectangle(
+                        query=query[:, :, rows], key=key[:, :, keys], value=value[:, :, keys],
+                        earlier_query=query[:, :, keys], query_start=offset + start + size,
+                        key_start=offset + start, first_row=start + size,
+                    )  # fmt: skip
+                )
+            )
+        state = _merge_odd_runs(state, pieces, level)
+    return state
+
+
+def _leaves(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, leaf: int, solve_leaf: LeafSolver
+) -> AttentionState:
+    batch, _, length = query.shape[:3]
+    full, rest = divmod(length, leaf)
+
+    def runs(tensor: torch.Tensor) -> torch.Tensor:
+        whole = tensor[:, :, : full * leaf].unflatten(2, (full, leaf))
+        return whole.transpose(1, 2).flatten(0, 1)
+
+    solved = _unstack(solve_leaf(runs(query), runs(key), runs(value)), batch)
+    parts = [AttentionState(out=solved.out.flatten(2, 3), lse=solved.lse.flatten(2, 3))]
+    if rest:
+        tail = slice(full * leaf, length)
+        parts.append(solve_leaf(query[:, :, tail], key[:, :, tail], value[:, :, tail]))
+    return _stack_rows(parts)
+
+
+def _unstack(state: AttentionState, batch: int) -> AttentionState:
+    """Return `[batch, heads, count, rows, ...]` from a state stacked along the batch."""
+    return AttentionState(
+        out=state.out.unflatten(0, (batch, -1)).transpose(1, 2),
+        lse=state.lse.unflatten(0, (batch, -1)).transpose(1, 2),
+    )
+
+
+def _stack_rows(states: list[AttentionState]) -> AttentionState:
+    if len(states) == 1:
+        return states[0]
+    return AttentionState(
+        out=torch.cat([state.out for state in states], dim=2),
+        lse=torch.cat([state.lse for state in states], dim=2),
+    )
+
+
+def _merge_odd_runs(
+    state: AttentionState, pieces: list[AttentionState], level: Level
+) -> AttentionState:
+    """Merge the rectangles of a level into the rows of the odd runs."""
+    length, size = state.lse.shape[2], level.size
+    parts = []
+    for start in range(0, length, size):
+        rows = slice(start, min(start + size, length))
+        part = AttentionState(out=state.out[:, :, rows], lse=state.lse[:, :, rows])
+        number = start // size
+        parts.append(merge(part, pieces[number // 2]) if number % 2 else part)
+    return _stack_rows(parts)

@@ -1,0 +1,200 @@
+"""Heavy columns: the keys that a few dozen sampled queries attend to most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..component import check_positive_int
+from ..errors import UnsupportedError
+from ..masks import HeavyMask, ListMask
+from ..ragged import concatenate_lists, keep_in_lists
+from ..randomness import uniform
+from ..rectangles import causal_levels, even_runs, odd_runs
+from .base import AbstractDetector, default_scale
+
+__all__ = ["HeavyColumns", "column_scores"]
+
+
+def column_scores(
+    query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor, *, scale: float
+) -> torch.Tensor:
+    """Return the softmax mass of every key over some query rows.
+
+    Args:
+        query: `[batch, query_heads, n_q, d]`.
+        key: `[batch, key_heads, n_k, d]`.
+        rows: int64 `[R]`, the rows that vote.
+        scale: factor of the logits.
+
+    Returns:
+        Floating point `[batch, query_heads, n_k]`, sums over the rows; in float32 at least.
+    """
+    batch, key_heads, num_keys, head_dim = key.shape
+    dtype = torch.promote_types(key.dtype, torch.float32)
+    chosen = query[:, :, rows].to(dtype) * scale
+    chosen = chosen.reshape(batch, key_heads, -1, head_dim)  # rows of a group side by side
+    logits = chosen @ key.to(dtype).transpose(-1, -2)
+    mass = torch.softmax(logits, dim=-1)
+    return mass.view(batch, query.shape[1], len(rows), num_keys).sum(dim=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeavyColumns(AbstractDetector):
+    """Whole columns of the attention matrix, chosen by the exact attention of sampled rows.
+
+    `num_queries` rows attend exactly to all keys; the keys with the largest total mass are held by
+    every row. On language-model heads a few hundred such columns carry most of the mass of a
+    rectangle, sinks included, and 16 rows find almost the same columns as 256.
+
+    Under `is_causal` the columns are chosen for the rectangles of Algorithm 4 (rows of a run
+    against the keys before the run), on every level, and a tile of `tile_size` rows holds the best
+    of each rectangle it lies in, `num_columns` in all, together with its own `tile_size` keys,
+    which no choice made without looking ahead could have seen. No key moves the choice of an
+    earlier row. The strict form lets only queries vote that come before the rectangle's rows.
+
+    Args:
+        num_columns: columns held by a row.
+        num_queries: rows that vote, for each rectangle.
+        tile_size: rows of a tile in the causal form.
+
+    Cost: O(num_queries n d) time and O(num_queries n) memory; times log2(n / tile_size) under
+    `is_causal`. The rows are random, one in each of `num_queries` equal runs (without a generator:
+    the middle one). No gradient.
+    Source: the column statistics of heavy-hitter caches (H2O, arXiv 2306.14048) taken to prefill.
+
+    Example:
+        >>> q, k = torch.zeros(1, 1, 8, 4), torch.zeros(1, 1, 8, 4)
+        >>> q[..., 0], k[:, :, 5, 0] = 1.0, 9.0
+        >>> HeavyColumns(num_columns=1).find(q, k).to_dense()[0, 0, 0].nonzero().item()
+        5
+    """
+
+    num_columns: int = 256
+    num_queries: int = 64
+    tile_size: int = 64
+
+    def __post_init__(self) -> None:
+        """Check the parameters."""
+        check_positive_int(self, "num_columns", self.num_columns)
+        check_positive_int(self, "num_queries", self.num_queries)
+        check_positive_int(self, "tile_size", self.tile_size)
+
+    def find(
+        self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
+        is_causal: bool = False, generator: torch.Generator | None = None,
+    ) -> HeavyMask:  # fmt: skip
+        """Return the columns; see the class and `AbstractDetector.find`."""
+        scale = default_scale(query, scale)
+        if is_causal:
+            return self._causal(query, key, scale, generator, strict=False)
+        return self._columns_mask(self._best(query, key, scale, generator), query, key)
+
+    def find_strict(
+        self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
+        is_causal: bool = False, generator: torch.Generator | None = None,
+        earlier_query: torch.Tensor | None = None,
+    ) -> HeavyMask:  # fmt: skip
+        """Return columns for which only earlier queries voted."""
+        scale = default_scale(query, scale)
+        if is_causal:
+            return self._causal(query, key, scale, generator, strict=True)
+        if earlier_query is None:
+            raise UnsupportedError(
+                "strict_causal=True: heavy_columns lets queries before the rows vote, and here "
+                f"there are none ({query.shape[2]} queries against {key.shape[2]} keys that all "
+                "come before them); pass the whole sequence at once, or use strict_causal=False"
+            )
+        return self._columns_mask(self._best(earlier_query, key, scale, generator), query, key)
+
+    def _columns_mask(
+        self, index: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> ListMask:
+        return ListMask.columns(
+            index, num_query_heads=query.shape[1], num_queries=query.shape[2],
+            num_keys=key.shape[2],
+        )  # fmt: skip
+
+    def _best(
+        self, voters: torch.Tensor, key: torch.Tensor, scale: float,
+        generator: torch.Generator | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return the best columns, best first: int64 `[batch, query_heads, columns]`."""
+        with torch.no_grad():
+            rows = _one_in_each_run(voters.shape[2], self.num_queries, voters.device, generator)
+            scores = column_scores(voters, key, rows, scale=scale)
+            count = min(self.num_columns, key.shape[2])
+            return scores.topk(count, dim=-1).indices
+
+    def _causal(
+        self, query: torch.Tensor, key: torch.Tensor, scale: float,
+        generator: torch.Generator | None, *, strict: bool,
+    ) -> ListMask:  # fmt: skip
+        batch, heads, num_queries, _ = query.shape
+        num_keys, offset = key.shape[2], key.shape[2] - num_queries
+        size = min(self.tile_size, num_queries)
+        num_tiles = -(-num_queries // size)
+        tile = torch.arange(num_tiles, device=query.device)
+        shape = (batch, heads, num_tiles)
+        levels = causal_levels(num_queries, size)
+        # rectangles over a tile: one for each set bit of its number, and the keys before row 0
+        covering = sum(((tile >> bit) & 1) for bit in range(len(levels)))
+        covering = torch.as_tensor(covering, device=query.device) + (1 if offset > 0 else 0)
+        share = self.num_columns // covering.clamp(min=1)
+        pieces = []
+        if offset > 0:
+            if strict:
+                self.find_strict(query, key[:, :, :offset], scale=scale)  # refuses: no voters
+            best = self._best(query, key[:, :, :offset], scale, generator)
+            count = share.clamp(max=best.shape[-1])
+            pieces.append((best.unsqueeze(2).expand(*shape, -1), count.expand(shape)))
+        own = key[:, :, max(0, offset) :]
+        if offset < 0:
+            # the first rows come before every key; their lists are empty by the causal test
+            own = torch.nn.functional.pad(own, (0, 0, -offset, 0))
+        for bit, level in enumerate(levels):
+            voters, keys = (even_runs if strict else odd_runs)(query, level), even_runs(own, level)
+            parts = []
+            if level.full:
+                best = self._best(voters, keys, scale, generator)
+                best = best.unflatten(0, (batch, level.full)).transpose(1, 2)
+                parts.append(best)
+            if level.ragged:
+                begin = 2 * level.size * level.full
+                middle = begin + level.size
+                voting = query[:, :, begin:middle] if strict else query[:, :, middle:]
+                best = self._best(voting, own[:, :, begin:middle], scale, generator)
+                parts.append(best.unsqueeze(2))
+            lists = torch.cat(parts, dim=2)  # [B, H, rectangles, columns]
+            rectangle = (tile >> (bit + 1)).clamp(max=lists.shape[2] - 1)
+            start = (tile >> (bit + 1)) * 2 * level.size + offset
+            index = lists[:, :, rectangle] + start.unsqueeze(-1)
+            count = torch.where((tile >> bit) & 1 == 1, share.clamp(max=lists.shape[-1]), 0)
+            pieces.append((index, count.expand(shape)))
+        begin_own = tile * size + offset
+        index = (begin_own.unsqueeze(-1) + torch.arange(size, device=query.device)).expand(
+            *shape, -1
+        )
+        valid_own = (num_keys - begin_own).clamp(max=size)
+        pieces.append((index, valid_own.expand(shape)))
+        index, count = concatenate_lists(pieces, shape, query.device)
+        if offset < 0:
+            index, count = keep_in_lists(index, count, index >= 0)
+        return ListMask(
+            batch_size=batch, num_query_heads=heads, num_queries=num_queries, num_keys=num_keys,
+            is_causal=True, key_index=index[..., : self.num_columns + size], key_count=count,
+            tile_size=size,
+        )  # fmt: skip
+
+
+def _one_in_each_run(
+    length: int, count: int, device: torch.device, generator: torch.Generator | None
+) -> torch.Tensor:
+    """Return one index of each of `count` equal runs of `range(length)`: int64 `[R]`."""
+    count = min(count, length)
+    bounds = torch.arange(count + 1, device=device) * length // count
+    if generator is None:
+        return (bounds[:-1] + bounds[1:] - 1) // 2
+    within = uniform((count,), device, generator) * (bounds[1:] - bounds[:-1])
+    return bounds[:-1] + within.long()

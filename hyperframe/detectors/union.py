@@ -1,0 +1,94 @@
+"""Union: several detectors side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..errors import ArgumentError, ArgumentTypeError
+from ..masks import HeavyMask, UnionMask
+from .base import AbstractDetector
+
+__all__ = ["Union"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Union(AbstractDetector):
+    """The union of the entries that several detectors find; no entry counts twice.
+
+    Written `"sliding_window(width=128) | heavy_columns"` in a spec string.
+
+    Args:
+        detectors: two or more detectors, each an instance, a name or a spec string.
+
+    Cost: the sum of the members' costs, and a merge for every member with an order of its own.
+
+    Example:
+        >>> q = k = torch.zeros(1, 1, 8, 4)
+        >>> both = Union(detectors=("sliding_window(width=1, num_sinks=1)", "oracle(budget=1)"))
+        >>> bool(both.find(q, k, is_causal=True).to_dense().diagonal(dim1=-2, dim2=-1).all())
+        True
+    """
+
+    detectors: tuple[Any, ...] = ()
+
+    # a union of positional and other detectors must tell the positional ones where they are
+    is_positional: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Create the members and flatten nested unions."""
+        from . import create
+
+        if isinstance(self.detectors, (str, AbstractDetector)) or not hasattr(
+            self.detectors, "__iter__"
+        ):
+            raise ArgumentTypeError(
+                f"union: detectors={self.detectors!r} is one object; pass a tuple of detectors, "
+                'or write "a | b"'
+            )
+        members: list[AbstractDetector] = []
+        for entry in self.detectors:
+            member = create(entry)
+            members += member.detectors if isinstance(member, Union) else [member]
+        if not members:
+            raise ArgumentError("union: detectors=() is empty; name at least one detector")
+        object.__setattr__(self, "detectors", tuple(members))
+
+    def find(
+        self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
+        is_causal: bool = False, generator: torch.Generator | None = None,
+    ) -> HeavyMask:  # fmt: skip
+        """Return the union of the members' masks."""
+        return self._united(
+            "find", query, key, scale=scale, is_causal=is_causal, generator=generator
+        )
+
+    def find_strict(
+        self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
+        is_causal: bool = False, generator: torch.Generator | None = None,
+        earlier_query: torch.Tensor | None = None,
+    ) -> HeavyMask:  # fmt: skip
+        """Return the union of the members' strict masks."""
+        return self._united(
+            "find_strict", query, key, scale=scale, is_causal=is_causal, generator=generator,
+            earlier_query=earlier_query,
+        )  # fmt: skip
+
+    def find_rectangle(
+        self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
+        generator: torch.Generator | None = None, query_start: int = 0, key_start: int = 0,
+        first_row: int = 0, earlier_query: torch.Tensor | None = None, strict: bool = False,
+    ) -> HeavyMask:  # fmt: skip
+        """Return the union of the members' masks of a rectangle."""
+        return self._united(
+            "find_rectangle", query, key, scale=scale, generator=generator,
+            query_start=query_start, key_start=key_start, first_row=first_row,
+            earlier_query=earlier_query, strict=strict,
+        )  # fmt: skip
+
+    def _united(self, method: str, *args: Any, **kwargs: Any) -> HeavyMask:
+        return UnionMask.of(
+            *(getattr(detector, method)(*args, **kwargs) for detector in self.detectors)
+        )

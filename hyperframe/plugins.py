@@ -1,0 +1,167 @@
+"""Plug-ins: components that other distributions offer through entry points.
+
+A distribution declares, in the group of the kind ("hyperframe.detectors", "hyperframe.samplers" or
+"hyperframe.estimators"), a line `name = "module:Class"` and its component is there by name:
+
+    [project.entry-points."hyperframe.detectors"]
+    my_detector = "my_package.detectors:MyDetector"
+
+Reading the lines imports nothing. A plug-in is imported when it is asked for, and only then can it
+fail, so that a broken one never hides the others. (Registries do the looking up; this module
+reads, loads and checks.)
+
+    >>> from hyperframe.plugins import read_plugins
+    >>> read_plugins("hyperframe.no_such_group")
+    {}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.metadata
+import inspect
+from typing import Any
+
+from .component import AbstractComponent
+from .errors import ArgumentError, ArgumentTypeError, PluginError
+from .spec import is_spec_name
+
+__all__ = ["Plugin", "check_component_class", "read_plugins"]
+
+
+@dataclasses.dataclass
+class Plugin:
+    """One entry point, and what became of it when it was asked for.
+
+    Attributes:
+        name: the component's name.
+        target: "module:Class".
+        distribution: the name of the distribution that declares it.
+        version: that distribution's version.
+        loaded: the class, once it was asked for and could be loaded.
+        reason: why it cannot be used, where that is known.
+    """
+
+    name: str
+    target: str
+    distribution: str
+    version: str | None
+    entry_point: importlib.metadata.EntryPoint
+    loaded: type[Any] | None = None
+    reason: str = ""
+
+    @property
+    def owner(self) -> str:
+        """Who offers it, in words."""
+        version = f" {self.version}" if self.version else ""
+        return f"{self.distribution}{version} (entry point {self.name} = {self.target})"
+
+    def load(self, base: type[Any]) -> type[Any]:
+        """Imports the class and checks it; a failure is remembered as the reason.
+
+        Raises:
+            PluginError: names the distribution, the entry point and the cause.
+        """
+        if self.loaded is not None:
+            return self.loaded
+        group = self.entry_point.group
+        try:
+            if not is_spec_name(self.name):
+                raise ArgumentError(f"{self.name!r} is not a plain name (ASCII letters, digits, _)")
+            found = self.entry_point.load()
+            check_component_class(found, base)
+        except Exception as error:
+            self.reason = f"{type(error).__name__}: {error}"
+            raise PluginError(
+                f"the plug-in {self.name!r} of the group {group!r} was asked for, but "
+                f"{self.owner} cannot be loaded: {self.reason}. Repair or uninstall "
+                f"{self.distribution}; everything else keeps working."
+            ) from error
+        self.loaded, self.reason = found, ""
+        return self.loaded
+
+    def status(self, others: list[str], base: type[Any] | None) -> tuple[str, str]:
+        """Its status in a listing, and the reason; never raises.
+
+        Args:
+            others: who else owns the name, in words.
+            base: the abstract class, to try and load it; None leaves it as it is.
+        """
+        if others:
+            return "duplicate", f"the name is also that of {' and '.join(others)}"
+        if base is not None:
+            with contextlib.suppress(PluginError):  # load keeps the reason
+                self.load(base)
+        if self.reason:
+            return "broken", self.reason
+        return ("ok" if self.loaded else "not loaded"), ""
+
+
+def read_plugins(group: str) -> dict[str, list[Plugin]]:
+    """Reads the entry points of a group, without importing any of them.
+
+    Args:
+        group: the entry-point group.
+
+    Returns:
+        For each name its owners, sorted by distribution; more than one owner is a clash.
+    """
+    # a distribution may have been installed since the last reading
+    importlib.invalidate_caches()
+    owners: dict[str, dict[tuple[str, str], Plugin]] = {}
+    for entry in importlib.metadata.entry_points(group=group):
+        plugin = Plugin(
+            name=entry.name,
+            target=entry.value,
+            distribution=_header(entry, "Name") or "an unnamed distribution",
+            version=_header(entry, "Version"),
+            entry_point=entry,
+        )
+        owners.setdefault(plugin.name, {})[plugin.distribution, plugin.target] = plugin
+    return {name: [found[key] for key in sorted(found)] for name, found in sorted(owners.items())}
+
+
+def _header(entry: importlib.metadata.EntryPoint, key: str) -> str | None:
+    # a half-removed distribution may have no metadata left
+    about = None if entry.dist is None else entry.dist.metadata
+    return about[key] if about is not None and key in about else None
+
+
+def check_component_class(found: object, base: type[Any]) -> None:
+    """Refuses whatever cannot serve as a component class.
+
+    Args:
+        found: what is to be registered.
+        base: the abstract class of the kind.
+
+    Raises:
+        ArgumentTypeError: no concrete subclass of the base.
+        ArgumentError: a subclass that is not a frozen dataclass of its own, or has a field with a
+            reserved name.
+    """
+    if not isinstance(found, type):
+        raise ArgumentTypeError(
+            f"{found!r} is no class but has type {type(found).__name__}; register the class itself."
+        )
+    if not issubclass(found, base) or not issubclass(found, AbstractComponent):
+        raise ArgumentTypeError(
+            f"{found.__qualname__} is no subclass of {base.__name__}; derive it from that class."
+        )
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(found.__abstractmethods__))
+        raise ArgumentTypeError(
+            f"{found.__qualname__} is abstract: it lacks {missing}; register a class that has them."
+        )
+    settings = vars(found).get("__dataclass_params__")
+    if settings is None or not settings.frozen:
+        raise ArgumentError(
+            f"{found.__qualname__} is not a frozen dataclass; decorate it with "
+            f"@dataclass(frozen=True, kw_only=True), below @register where that is used."
+        )
+    if reserved := {"name", "kind", "registry_name"} & set(found.parameters()):
+        raise ArgumentError(
+            f"{found.__qualname__} has a parameter called {min(reserved)!r}, which every component "
+            f"has with a meaning of its own; choose another word."
+        )
