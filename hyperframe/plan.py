@@ -314,7 +314,7 @@ class TilePlan:
         by_slot = held.gather(
             2, rows.clamp(min=0).flatten(2).unsqueeze(-1).expand(-1, -1, -1, self.num_keys)
         ).view(batch, heads, tiles, tile_size, self.num_keys)
-        keys = index.clamp(max=self.num_keys - 1).expand(-1, -1, -1, tile_size, -1)
+        keys = index.clamp(0, self.num_keys - 1).expand(-1, -1, -1, tile_size, -1)
         return by_slot.gather(-1, keys)
 
 

@@ -10,13 +10,19 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("hyperframe.attention")
+from hyperframe.detectors.block_list import BlockList  # noqa: E402
 from hyperframe.integrations.transformers import AttentionCall, apply, remove  # noqa: E402
 
-COVERING = {"detector": "sort_lsh(block_size=64)", "num_samples": 0, "min_seq_len": 0}
+ALL_HEAVY = {"num_samples": 0, "min_seq_len": 0}
+COVERING = ALL_HEAVY | {"detector": BlockList(blocks=((0, 0),), block_size=64)}
+# in one causal pass sort_lsh looks inside hash buckets only; in the recursion one block is enough
+RECURSIVE = ALL_HEAVY | {"detector": "sort_lsh(block_size=64)", "causal": "recursive"}
 EXACT = [
     pytest.param({"min_seq_len": 10_000}, id="below-min-seq-len"),
     pytest.param(COVERING, id="one-block-holds-every-key"),
-    pytest.param(COVERING | {"causal": "recursive"}, id="recursive"),
+    pytest.param(RECURSIVE, id="recursive"),
+    pytest.param(RECURSIVE | {"min_seq_len": 5}, id="recursive-with-exact-leaves"),
+    pytest.param({"num_samples": 64, "min_seq_len": 0}, id="every-key-is-sampled"),
 ]
 
 
