@@ -255,8 +255,9 @@ class _Call:
         state = merge(*states)
         if rule.log_sum is not None:
             # the numerator stays, the normaliser is replaced
-            factor = torch.exp(state.lse - rule.log_sum).unsqueeze(-1)
-            factor = torch.where(torch.isinf(rule.log_sum).unsqueeze(-1), 0, factor)
+            # (a row without keys has -inf in both: subtract 0, so that no gradient becomes NaN)
+            log_sum = torch.where(torch.isinf(rule.log_sum), 0, rule.log_sum)
+            factor = torch.exp(state.lse - log_sum).unsqueeze(-1)
             state = AttentionState(
                 out=(state.out * factor).to(state.out.dtype), lse=rule.log_sum.to(state.lse)
             )

@@ -53,7 +53,9 @@ def build_plans(
         is_last = number == len(ordered) - 1 and not needs_position
         sample = draw(None) if draw is not None and is_last else None
         plans.append(
-            _range_plan(part, ordered[:number], sample, rule if is_last else None)
+            _range_plan(
+                part, ordered[:number], sample, rule if is_last else None, mask.query_offset
+            )
         )
     if needs_position:
         plans.append(_position_plan(mask, positional, ordered, key_heads, draw, rule))
@@ -72,12 +74,13 @@ def _excluded(masks: list[RangeMask]) -> RankRanges | None:
 
 
 def _range_plan(
-    mask: RangeMask, earlier: list[RangeMask], sample: KeySample | None, rule: RowSumRule | None
-) -> TilePlan:
+    mask: RangeMask, earlier: list[RangeMask], sample: KeySample | None, rule: RowSumRule | None,
+    query_offset: int | None,
+) -> TilePlan:  # fmt: skip
     """Plan of one ordered mask: every tile gathers its range of the key order."""
     heads = mask.num_query_heads
     key_order = spread_heads(mask.key_order, heads)
-    length = mask.stop - mask.start  # [B, H, T]
+    length = (mask.stop - mask.start).clamp(min=0)  # [B, H, T]
     slot = torch.arange(mask.max_keys, device=mask.device)
     rank = (mask.start.unsqueeze(-1) + slot).clamp(max=mask.num_keys - 1)  # [B, H, T, L]
     index = key_order.gather(-1, rank.flatten(2)).view(rank.shape)
@@ -87,16 +90,17 @@ def _range_plan(
         drawn = spread_heads(sample.index, heads).unsqueeze(2)  # [B, H, 1, m]
         drawn_rank = spread_heads(mask.key_rank(), heads).gather(-1, drawn.squeeze(2)).unsqueeze(2)
         held = (mask.start.unsqueeze(-1) <= drawn_rank) & (drawn_rank < mask.stop.unsqueeze(-1))
-        weight = spread_heads(sample.log_weight, heads).unsqueeze(2).masked_fill(held, float("-inf"))
-        index, log_weight, key_count = append_lists(
-            index, length, drawn.expand_as(weight), weight
+        weight = (
+            spread_heads(sample.log_weight, heads).unsqueeze(2).masked_fill(held, float("-inf"))
         )
+        index, log_weight, key_count = append_lists(index, length, drawn.expand_as(weight), weight)
     return TilePlan(
         key_index=index.int(), key_count=key_count.int(), heavy_count=length.int(),
         tile_size=mask.tile_size, num_query_heads=heads, num_queries=mask.num_queries,
         num_keys=mask.num_keys, query_order=mask.query_order, log_weight=log_weight,
         log_cap=rule.log_cap if rule else None, log_floor=rule.log_floor if rule else None,
-        is_causal=mask.is_causal, query_offset=mask.query_offset, excluded=_excluded(earlier), disjoint=True,
+        is_causal=mask.is_causal, query_offset=query_offset, excluded=_excluded(earlier),
+        disjoint=True,
     )  # fmt: skip
 
 
@@ -127,7 +131,7 @@ def _position_plan(
     if band is not None:
         banded, band_count = _band_lists(band, tile_size, num_tiles)
         index, count = concatenate_lists([(banded, band_count), (index, count)], shape, mask.device)
-        band_count = band_count.expand(shape).int()
+        band_count = _int32(band_count.expand(shape))
     heavy_count, key_count, log_weight = count, count, None
     if draw is not None:
         sample = draw(_tile_ends(mask, tile_size) if per_tile_sample else None)
@@ -137,8 +141,8 @@ def _position_plan(
             weight = weight.unsqueeze(2).expand(-1, -1, num_tiles, -1)
         index, log_weight, key_count = append_lists(index, heavy_count, drawn, weight)
     plan = TilePlan(
-        key_index=index.int() if index.dtype != torch.int32 else index, key_count=key_count.int(),
-        heavy_count=heavy_count.int(), tile_size=tile_size, num_query_heads=mask.num_query_heads,
+        key_index=_int32(index), key_count=_int32(key_count), heavy_count=_int32(heavy_count),
+        tile_size=tile_size, num_query_heads=mask.num_query_heads,
         num_queries=mask.num_queries, num_keys=mask.num_keys, log_weight=log_weight,
         log_cap=rule.log_cap if rule else None, log_floor=rule.log_floor if rule else None,
         is_causal=mask.is_causal, query_offset=mask.query_offset,
@@ -146,6 +150,13 @@ def _position_plan(
         band_count=band_count, excluded=_excluded(ordered),
     )  # fmt: skip
     return plan.deduplicated()
+
+
+def _int32(tensor: torch.Tensor) -> torch.Tensor:
+    """Convert what is stored: `.int()` would write out a dimension of stride 0."""
+    if tensor.shape[2] > 1 and tensor.stride(2) == 0:
+        return tensor[:, :, :1].int().expand(tensor.shape)
+    return tensor.int()
 
 
 def _common_tile(lists: list[ListMask], num_queries: int, per_tile: bool) -> int:
@@ -164,7 +175,7 @@ def _tile_ends(mask: HeavyMask, tile_size: int) -> torch.Tensor:
     num_tiles = -(-mask.num_queries // tile_size)
     last_row = torch.arange(1, num_tiles + 1, device=mask.device) * tile_size
     ends = last_row.clamp(max=mask.num_queries) + mask.position_offset
-    return ends.clamp(min=0)
+    return ends.clamp(min=0, max=mask.num_keys)
 
 
 def _band_lists(

@@ -51,7 +51,7 @@ LeafSolver = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], AttentionState
 
 def attend_recursively(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, longest_leaf: int,
-    solve: Solver, solve_leaf: LeafSolver, stacked: bool = True,
+    solve: Solver, solve_leaf: LeafSolver, stacked: bool = True, skipped: int = 0,
 ) -> AttentionState:  # fmt: skip
     """Attend causally, bottom-right aligned.
 
@@ -64,6 +64,7 @@ def attend_recursively(
         solve_leaf: attends causally in leaves, stacked along the batch.
         stacked: whether equal rectangles may be solved as one batch; False solves each by itself,
             with its position.
+        skipped: rows of the whole call that come before `query`.
 
     Returns:
         The state of all rows; rows before every key are empty.
@@ -73,18 +74,18 @@ def attend_recursively(
         # the first rows come before every key
         rest = attend_recursively(
             query[:, :, -offset:], key, value, longest_leaf=longest_leaf, solve=solve,
-            solve_leaf=solve_leaf, stacked=stacked,
+            solve_leaf=solve_leaf, stacked=stacked, skipped=-offset,
         )  # fmt: skip
         first = empty_state(query[:, :, :-offset], value)
         return _stack_rows([first, rest])
     own_key, own_value = key[:, :, offset:], value[:, :, offset:]
     state = _square(
-        query, own_key, own_value, longest_leaf, solve, solve_leaf, stacked, offset
+        query, own_key, own_value, longest_leaf, solve, solve_leaf, stacked, offset, skipped
     )
     if offset > 0:
         before = Rectangle(
             query=query, key=key[:, :, :offset], value=value[:, :, :offset], earlier_query=None,
-            query_start=offset, key_start=0, first_row=0,
+            query_start=offset, key_start=0, first_row=skipped,
         )  # fmt: skip
         state = merge(state, solve(before))
     return state
@@ -92,7 +93,7 @@ def attend_recursively(
 
 def _square(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, longest_leaf: int,
-    solve: Solver, solve_leaf: LeafSolver, stacked: bool, offset: int,
+    solve: Solver, solve_leaf: LeafSolver, stacked: bool, offset: int, skipped: int,
 ) -> AttentionState:  # fmt: skip
     length = query.shape[2]
     leaf = leaf_size(length, longest_leaf)
@@ -104,7 +105,7 @@ def _square(
             rectangle = Rectangle(
                 query=odd_runs(query, level), key=even_runs(key, level),
                 value=even_runs(value, level), earlier_query=even_runs(query, level),
-                query_start=offset + size, key_start=offset, first_row=size,
+                query_start=offset + size, key_start=offset, first_row=skipped + size,
             )  # fmt: skip
             solved = _unstack(solve(rectangle), batch)
             pieces += [
@@ -120,7 +121,7 @@ def _square(
                     Rectangle(
                         query=query[:, :, rows], key=key[:, :, keys], value=value[:, :, keys],
                         earlier_query=query[:, :, keys], query_start=offset + start + size,
-                        key_start=offset + start, first_row=start + size,
+                        key_start=offset + start, first_row=skipped + start + size,
                     )  # fmt: skip
                 )
             )

@@ -108,9 +108,16 @@ class HeavyMask(ABC):
 
     def _same_problem(self, other: HeavyMask) -> bool:
         mine, its = _problem(self), _problem(other)
-        if self.query_offset is None or other.query_offset is None:
+        if not (self._has_positions and other._has_positions):
+            # a mask that does not depend on positions fits any offset
             mine["query_offset"] = its["query_offset"] = None
+        else:
+            mine["query_offset"], its["query_offset"] = self.position_offset, other.position_offset
         return mine == its and self.device == other.device
+
+    @property
+    def _has_positions(self) -> bool:
+        return self.is_causal
 
 
 class _Problem(TypedDict):
@@ -136,11 +143,12 @@ class RangeMask(HeavyMask):
 
     Args:
         query_order: int64 `[batch, query_heads, tiles * tile_size]`; tile `t` owns the rows
-            `query_order[t * tile_size : (t + 1) * tile_size]`; every row at most once, -1 for
-            an empty slot.
+            `query_order[t * tile_size : (t + 1) * tile_size]`; every row once, also one without
+            keys, and -1 for an empty slot.
         key_order: int64 `[batch, key_heads, n_k]`, a permutation of the keys.
         start: int64 `[batch, query_heads, tiles]`, first rank of each tile's range.
-        stop: int64 `[batch, query_heads, tiles]`, one past the last rank.
+        stop: int64 `[batch, query_heads, tiles]`, one past the last rank; `start` or less for
+            an empty range.
         tile_size: rows of a tile.
         max_keys: an upper bound of `stop - start`, known without reading the device.
     """
@@ -190,8 +198,8 @@ class RangeMask(HeavyMask):
         if start.device.type == "cpu":
             num_tiles = int(tile.max()) + 1  # reading a value is free there, empty tiles are not
         slots = torch.full((batch_size, heads, num_tiles * tile_size), -1, device=start.device)
-        rows = torch.where(has_keys.gather(-1, order), order, -1)
-        slots.scatter_(-1, tile * tile_size + in_tile, rows)
+        # rows without keys get tiles too, with an empty range: the residual may still reach them
+        slots.scatter_(-1, tile * tile_size + in_tile, order)
         tile_bounds = []
         for bound in (start, stop):
             per_tile = torch.zeros((batch_size, heads, num_tiles), dtype=torch.int64).to(bound)
@@ -252,6 +260,10 @@ class BandMask(HeavyMask):
     def device(self) -> torch.device:
         """Device of the problem."""
         return self.on_device
+
+    @property
+    def _has_positions(self) -> bool:
+        return True
 
     def _rows(self, start: int, stop: int) -> torch.Tensor:
         position = torch.arange(start, stop, device=self.device)[:, None] + self.position_offset
@@ -355,10 +367,14 @@ class ListMask(HeavyMask):
         self, row_start: int, num_rows: int, key_start: int, num_keys: int
     ) -> ListMask:
         """Return the part of the mask in a rectangle, as a mask over that rectangle, uncausal."""
-        tile_size = gcd(self.tile_size, row_start)
-        whole = self.retile(tile_size)
-        first = row_start // tile_size
-        tiles = slice(first, first - (-num_rows // tile_size))
+        if self.tile_size >= self.num_queries:
+            # one list for all rows, wherever the rectangle begins
+            whole, tile_size, tiles = self, max(1, num_rows), slice(0, 1)
+        else:
+            tile_size = gcd(self.tile_size, row_start)
+            whole = self.retile(tile_size)
+            first = row_start // tile_size
+            tiles = slice(first, first - (-num_rows // tile_size))
         index = whole.key_index[:, :, tiles].long() - key_start
         index, count = keep_in_lists(
             index, whole.key_count[:, :, tiles], (index >= 0) & (index < num_keys)
@@ -397,8 +413,8 @@ class UnionMask(HeavyMask):
     def of(cls, *masks: HeavyMask) -> HeavyMask:
         """Return the union of the masks, flattened; a single mask is returned as it is."""
         members = [part for mask in masks for part in mask.parts()]
-        first = members[0]
-        for other in members[1:]:
+        first = next((mask for mask in members if mask._has_positions), members[0])
+        for other in members:
             if not first._same_problem(other):
                 raise ArgumentError(
                     "mask: a union needs masks of one problem, got "
@@ -407,11 +423,7 @@ class UnionMask(HeavyMask):
                 )
         if len(members) == 1:
             return first
-        # a mask without an offset of its own does not depend on positions
-        offsets = [mask.query_offset for mask in members if mask.query_offset is not None]
-        problem = _problem(first)
-        problem["query_offset"] = offsets[0] if offsets else None
-        return cls(**problem, members=tuple(members))
+        return cls(**_problem(first), members=tuple(members))
 
     @property
     def device(self) -> torch.device:

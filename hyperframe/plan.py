@@ -69,7 +69,8 @@ class TilePlan:
         value_log_weight: the same for the numerator, where its weights differ (Algorithm 3).
         log_cap: floating point `[batch, query_heads, n_q]` or None: `A` of sampled slots is capped
             at `C_i` in the row sum (Algorithm 2, line 7); the numerator is not capped.
-        log_floor: like `log_cap`: the sampled part of the row sum is at least this (line 8).
+        log_floor: like `log_cap`: the sampled part of the row sum is at least this (line 8); a row
+            without any key stays empty.
         summary_key: `[batch, key_heads, E, d]` or None, pseudo-keys after the real ones; a summary
             has no position and is visible to every row whose list names it.
         summary_value: `[batch, key_heads, E, d_v]` or None.
@@ -265,7 +266,9 @@ class TilePlan:
         index = plan._per_query_head(plan.key_index).long().unsqueeze(3).expand_as(visible)
         weight = visible.double()
         if log_weight is not None:
-            weight = weight * plan._per_query_head(log_weight).double().exp().unsqueeze(3)
+            # selected, not multiplied: the weight of an unused slot may be anything
+            weight = plan._per_query_head(log_weight).double().exp().unsqueeze(3)
+            weight = torch.where(visible, weight, 0.0)
         batch, heads, tiles, tile_size, _ = visible.shape
         width = self.num_keys + self.num_summaries
         index = torch.where(visible, index, 0)

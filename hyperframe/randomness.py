@@ -20,8 +20,8 @@ def fold_in(seed: int, *data: int) -> int:
         >>> fold_in(0, 1) != fold_in(0, 2)
         True
     """
-    state = seed & 0xFFFFFFFFFFFFFFFF
-    for value in (*data, 0x9E3779B9):
+    state = 0
+    for value in (seed, *data, 0x9E3779B9):  # the seed is mixed first: (0, 1) is not (1, 0)
         state = (state + 0x9E3779B97F4A7C15 + (value & 0xFFFFFFFFFFFFFFFF)) & 0xFFFFFFFFFFFFFFFF
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF

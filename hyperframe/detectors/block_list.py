@@ -107,6 +107,14 @@ class BlockList(AbstractDetector):
                     f"{self.block_size}; leave it out, or change block_size"
                 )
 
+    def _check_heads(self, heads: int) -> None:
+        for pair in self.blocks:
+            if len(pair) == 3 and pair[0] >= heads:
+                raise ArgumentError(
+                    f"block_list: the block {pair} names head {pair[0]}, but the problem has "
+                    f"{heads} query heads, counted from 0; leave it out"
+                )
+
     def _mask(
         self, query: torch.Tensor, key: torch.Tensor, num_queries: int, num_keys: int,
         *, is_causal: bool = False,
@@ -155,5 +163,6 @@ class BlockList(AbstractDetector):
     ) -> HeavyMask:  # fmt: skip
         """Return the part of the pattern that lies in a rectangle of the whole problem."""
         num_queries, num_keys = query.shape[2], key.shape[2]
+        self._check_heads(query.shape[1])
         whole = self._mask(query, key, first_row + num_queries, key_start + num_keys)
         return whole.restricted(first_row, num_queries, key_start, num_keys)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -66,7 +66,8 @@ class SortLSH(AbstractDetector):
     The blocks of Algorithm 1 are made of ranks among all rows, so they suit problems without a
     mask: non-causal attention and the rectangles of the causal recursion. Under `is_causal` each
     row holds the keys of its own bucket in runs of half a block: its own run up to its position,
-    and the one before. Nothing later moves those. The strict form of a rectangle places each
+    and the one before. Nothing later moves those. (One block of all keys, where `block_size` is no
+    smaller than their number, is the same in every form.) The strict form of a rectangle places each
     query among the sorted keys by its own code instead of by its rank.
 
     Args:
@@ -154,9 +155,14 @@ class SortLSH(AbstractDetector):
         blocks = self._num_blocks(num_keys)
         query_block, key_block = -(-num_queries // blocks), -(-num_keys // blocks)
         order = query_code.sort(dim=-1, stable=True).indices
-        order = torch.nn.functional.pad(order, (0, blocks * query_block - num_queries), value=-1)
-        start = (torch.arange(blocks, device=order.device) * key_block).clamp(max=num_keys)
-        stop = (start + key_block).clamp(max=num_keys)
+        bounds = torch.arange(blocks + 1, device=order.device)
+        # block b owns the queries and the keys of the ranks [b, b + 1) / blocks
+        query_bounds, key_bounds = bounds * num_queries // blocks, bounds * num_keys // blocks
+        if num_queries % blocks:
+            rank = query_bounds[:-1, None] + torch.arange(query_block, device=order.device)
+            is_own = rank < query_bounds[1:, None]
+            order = torch.where(is_own, order[..., rank.clamp(max=num_queries - 1)], -1).flatten(2)
+        start, stop = key_bounds[:-1], key_bounds[1:]
         return RangeMask(
             batch_size=batch, num_query_heads=heads, num_queries=num_queries, num_keys=num_keys,
             query_order=order, key_order=key_code.sort(dim=-1, stable=True).indices,
@@ -183,6 +189,8 @@ class SortLSH(AbstractDetector):
     def _bucket_mask(self, query_code: torch.Tensor, key_code: torch.Tensor) -> RangeMask:
         """Runs of half a block inside a bucket, in the order of positions (causal)."""
         num_queries, num_keys = query_code.shape[-1], key_code.shape[-1]
+        if num_keys <= self.block_size:
+            return replace(self._block_mask(query_code, key_code), is_causal=True)
         run = max(1, self.block_size // 2)
         runs_before = 1 if self.block_size > 1 else 0
         order = key_code.sort(dim=-1, stable=True).indices

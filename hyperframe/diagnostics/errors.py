@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..errors import ArgumentError
 from ..kernels.exact import exact_output
 from ..validation import check_inputs, check_scale
 
@@ -42,5 +43,10 @@ def relative_error(
         query.to(dtype), key.to(dtype), value.to(dtype),
         scale=check_scale(scale, query.shape[-1]), is_causal=is_causal,
     )  # fmt: skip
+    if out.shape != exact.shape:
+        raise ArgumentError(
+            f"out: shape {tuple(out.shape)} is not that of the attention output, "
+            f"{tuple(exact.shape)} [batch, query_heads, n_q, d_v]; pass the output of the same call"
+        )
     difference = (out.to(dtype) - exact).flatten(2).norm(dim=-1)
     return difference / exact.flatten(2).norm(dim=-1)

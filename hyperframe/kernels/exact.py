@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from ..plan import TilePlan
-from ..state import AttentionState
+from ..state import AttentionState, merge
 from . import torch_backend
 
 __all__ = ["exact_attention", "exact_output", "full_plan"]
@@ -35,6 +35,7 @@ def exact_output(
     Returns:
         `[batch, query_heads, n_q, d_v]`; rows without keys are 0.
     """
+    query, scale = _with_positive_scale(query, scale)
     num_queries, num_keys = query.shape[2], key.shape[2]
     grouped = query.shape[1] != key.shape[1]
     if not is_causal or num_queries == 1:
@@ -49,6 +50,9 @@ def exact_output(
             query[:, :, -num_keys:], key, value, scale=scale, is_causal=True
         )
         return F.pad(rest, (0, 0, num_queries - num_keys, 0))
+    if _has_flash(query, value):
+        # a mask of this shape would be written out
+        return exact_attention(query, key, value, scale=scale, is_causal=True).out
     if grouped:
         group = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
@@ -67,12 +71,32 @@ def exact_attention(
     Returns:
         The state; `lse` in float32 (float64 for float64 input).
     """
-    square = query.shape[2] == key.shape[2] and query.shape[-1] == value.shape[-1]
-    if query.device.type == "cpu" and (square or not is_causal) and square:
-        out, lse = _FlashCPU.apply(query, key, value, scale, is_causal)
-        return AttentionState(out=out, lse=lse)
+    query, scale = _with_positive_scale(query, scale)
+    num_before = key.shape[2] - query.shape[2]
+    if _has_flash(query, value) and (num_before >= 0 or not is_causal):
+        if not is_causal or num_before == 0:
+            return AttentionState(*_FlashCPU.apply(query, key, value, scale, is_causal))
+        # the kernel aligns its triangle top left: keys before the first query stand apart
+        before, own = slice(num_before), slice(num_before, None)
+        return merge(
+            AttentionState(
+                *_FlashCPU.apply(query, key[:, :, before], value[:, :, before], scale, False)
+            ),
+            AttentionState(*_FlashCPU.apply(query, key[:, :, own], value[:, :, own], scale, True)),
+        )
     plan = full_plan(query, key, is_causal=is_causal)
     return torch_backend.attend(query, key, value, plan, scale=scale)
+
+
+def _has_flash(query: torch.Tensor, value: torch.Tensor) -> bool:
+    return query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
+
+
+def _with_positive_scale(query: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
+    """Move sign and zero of the scale into the query: kernels multiply it into masked -inf too."""
+    if scale > 0:
+        return query, scale
+    return (-query, -scale) if scale < 0 else (query * 0, 1.0)
 
 
 def full_plan(query: torch.Tensor, key: torch.Tensor, *, is_causal: bool) -> TilePlan:

@@ -48,22 +48,26 @@ def attend(
     capped = logits
     if plan.log_cap is not None:
         capped = torch.minimum(logits, plan.log_cap.double().unsqueeze(-1))
-    # one shift for every sum of the row, so that no exponential overflows; 0 for empty rows
-    top = torch.cat([logits + heavy, logits + sampled, logits + sampled_values], dim=-1)
-    top = top.detach().amax(dim=-1, keepdim=True)
+    # the row sum and the numerator are each shifted by their largest term, so that neither
+    # overflows or vanishes; by 0 in empty rows
+    top = torch.cat([logits + heavy, capped + sampled], dim=-1).detach().amax(-1, keepdim=True)
+    is_empty = top == float("-inf")
     if plan.log_floor is not None:
         top = torch.maximum(top, plan.log_floor.double().unsqueeze(-1))
-    top = torch.where(torch.isinf(top), torch.zeros_like(top), top)
+    top = top.masked_fill(is_empty, 0.0)
     heavy_sum = torch.exp(logits + heavy - top).sum(dim=-1)
     sampled_sum = torch.exp(capped + sampled - top).sum(dim=-1)
     if plan.log_floor is not None:
         floor = torch.exp(plan.log_floor.double() - top.squeeze(-1))
         sampled_sum = torch.maximum(sampled_sum, floor)
-    row_sum = heavy_sum + sampled_sum
-    is_empty = row_sum == 0
-    row_sum = torch.where(is_empty, torch.ones_like(row_sum), row_sum)
-    weights = torch.exp(logits + heavy_values - top) + torch.exp(logits + sampled_values - top)
-    out = (weights @ v) / row_sum.unsqueeze(-1)
-    lse = (top.squeeze(-1) + row_sum.log()).masked_fill(is_empty, float("-inf"))
+    row_sum = (heavy_sum + sampled_sum).masked_fill(is_empty.squeeze(-1), 1.0)
+    value_logits = torch.cat([logits + heavy_values, logits + sampled_values], dim=-1)
+    value_top = value_logits.detach().amax(dim=-1, keepdim=True)
+    value_top = value_top.masked_fill(torch.isinf(value_top), 0.0)
+    out = torch.exp(value_logits - value_top) @ torch.cat([v, v], dim=2)
+    # beyond exp(700) the quotient has no float64; it stays finite
+    out = out / row_sum.unsqueeze(-1) * torch.exp((value_top - top).clamp(max=700.0))
+    out = out.masked_fill(is_empty, 0.0)
+    lse = (top.squeeze(-1) + row_sum.log()).masked_fill(is_empty.squeeze(-1), float("-inf"))
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return AttentionState(out=out.to(query.dtype), lse=lse.to(lse_dtype))

@@ -1,9 +1,8 @@
 """The torch backend: any device, batched over tiles, never an `n_q x n_k` matrix.
 
 Every tile gathers its keys, and tiles are processed in chunks so that the temporaries stay within
-`CHUNK_BYTES` whatever the plan. The backward recomputes the weights chunk by chunk from the saved
-log normaliser, as flash attention does, and is the exact gradient of the forward with indices and
-weights held constant:
+`CHUNK_BYTES` whatever the plan. The backward recomputes the weights chunk by chunk and is the exact
+gradient of the forward with indices and weights held constant:
 
     dS_ij = Wv_ij A_ij / D_i (dO_i . v_j) + W_ij A'_ij / D_i (dlse_i - dO_i . O_i)
 
@@ -26,6 +25,7 @@ __all__ = ["CHUNK_BYTES", "attend", "visible_keys"]
 CHUNK_BYTES = 96 << 20
 """Upper bound, in bytes, of the temporaries of one chunk of tiles (about five score arrays)."""
 
+_FEWEST_ROWS = 64  # of a chunk, however long the list of its tile is
 _NEG_INF = float("-inf")
 
 
@@ -127,7 +127,8 @@ class _Layout:
         per_row = 4 * 5 * (slots + width)
         per_tile = 4 * slots * (3 * width + 4) + rows * per_row
         step = max(1, CHUNK_BYTES // max(1, per_tile))
-        row_step = max(1, (CHUNK_BYTES - 4 * slots * 3 * width) // max(1, per_row))
+        # gathering a long list again and again for a few rows would cost more than the products
+        row_step = max(_FEWEST_ROWS, (CHUNK_BYTES - 4 * slots * 3 * width) // max(1, per_row))
         total = self.batch * self.heads * self.tiles
         for start in range(0, total, step):
             stop = min(start + step, total)
@@ -206,15 +207,16 @@ class _Chunk:
         head = self.tile // layout.tiles
         batch, plan_head = head // layout.heads, head % layout.heads
         rank_heads = ranges.key_rank.shape[1]
-        rank = ranges.key_rank[batch, plan_head * rank_heads // layout.heads]  # [N, R', n_k]
+        rank_head = (plan_head * rank_heads // layout.heads).unsqueeze(-1)
         index = index.long().clamp(min=0, max=plan.num_keys - 1)
-        rank = rank.gather(-1, index.unsqueeze(1).expand(-1, rank.shape[1], -1))
         row = self.rows.clamp(max=layout.num_rows - 1)
         held = torch.zeros(1, dtype=torch.bool, device=index.device)
-        for r in range(rank.shape[1]):
+        for r in range(ranges.key_rank.shape[2]):
+            # only the ranks of the listed keys: [N, 1, L]
+            rank = ranges.key_rank[batch.unsqueeze(-1), rank_head, r, index].unsqueeze(1)
             start = ranges.start[:, :, r].reshape(-1)[row].unsqueeze(-1)
             stop = ranges.stop[:, :, r].reshape(-1)[row].unsqueeze(-1)
-            held = held | ((start <= rank[:, r, None]) & (rank[:, r, None] < stop))
+            held = held | ((start <= rank) & (rank < stop))
         return held
 
     def per_row(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -248,29 +250,21 @@ class _Attend(torch.autograd.Function):
             for chunk in layout.chunks(key_heads=key.shape[1], width=width):
                 terms = _Terms.of(chunk, flat_q, flat_k, scale, dtype)
                 v = flat_v[chunk.flat_keys()].to(dtype)  # [N, L, d_v]
-                top = torch.maximum(terms.row_logits, terms.value_logits).amax(-1, keepdim=True)
-                floor = chunk.per_row(layout.plan.log_floor)
-                if floor is not None:
-                    top = torch.maximum(top, floor.to(dtype))
-                top = torch.where(torch.isinf(top), 0, top)
-                weights = torch.exp(terms.row_logits - top)
-                row_sum = _row_sum(weights, terms.is_heavy, floor, top)
-                if terms.value_logits is not terms.row_logits:
-                    weights = torch.exp(terms.value_logits - top)
-                safe = torch.where(row_sum == 0, 1, row_sum)
-                out[chunk.rows] = (torch.bmm(weights, v) / safe).to(out.dtype)
-                lse[chunk.rows] = (top + torch.log(row_sum)).squeeze(-1)
+                sums = _RowSums.of(terms, chunk.per_row(layout.plan.log_floor))
+                row_out = torch.bmm(sums.value_weights, v) * sums.value_factor
+                out[chunk.rows] = row_out.to(out.dtype)
+                lse[chunk.rows] = sums.lse.squeeze(-1)
         rows = query.shape[:-1]
         return out[:-1].view(*rows, value.shape[-1]), lse[:-1].view(rows)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         query, key, value, ctx.layout, ctx.scale = inputs
-        ctx.save_for_backward(query, key, value, *output)
+        ctx.save_for_backward(query, key, value)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        query, key, value, out, lse = ctx.saved_tensors
+        query, key, value = ctx.saved_tensors
         grad_out, grad_lse = grads
         layout, scale, dtype = ctx.layout, ctx.scale, _compute_dtype(query)
         plan = layout.plan
@@ -278,8 +272,6 @@ class _Attend(torch.autograd.Function):
         flat_k = key.reshape(-1, key.shape[-1])
         flat_v = value.reshape(-1, value.shape[-1])
         flat_grad = grad_out.reshape(-1, grad_out.shape[-1])
-        # the derivative of log D_i collects dlse and minus dO . O (the normalisation)
-        along_sum = grad_lse.to(dtype) - (grad_out.to(dtype) * out.to(dtype)).sum(-1)
         grad_q = torch.zeros(flat_q.shape[0] + 1, flat_q.shape[1], dtype=dtype, device=query.device)
         grad_k = torch.zeros_like(flat_k, dtype=dtype)
         grad_v = torch.zeros_like(flat_v, dtype=dtype)
@@ -293,24 +285,24 @@ class _Attend(torch.autograd.Function):
             v = flat_v[flat_keys].to(dtype)
             row = chunk.rows.clamp(max=layout.num_rows - 1)
             do = flat_grad[row].to(dtype)
-            row_lse = lse.reshape(-1)[row].unsqueeze(-1)
-            row_lse = torch.where(torch.isinf(row_lse), 0, row_lse)
-            by_sum = torch.exp(terms.row_logits - row_lse)
-            by_value = by_sum
-            if terms.value_logits is not terms.row_logits:
-                by_value = torch.exp(terms.value_logits - row_lse)
+            sums = _RowSums.of(terms, chunk.per_row(plan.log_floor))
+            by_value = sums.value_weights * sums.value_factor
+            by_sum = by_value
+            if sums.value_weights is not sums.weights:
+                by_sum = sums.weights / sums.row_sum
             grad_v.index_add_(
                 0, flat_keys.flatten(), torch.bmm(by_value.transpose(1, 2), do).flatten(0, 1)
             )
             if terms.is_capped is not None:
                 by_sum = by_sum.masked_fill(terms.is_capped, 0)
-            floor = chunk.per_row(plan.log_floor)
-            if floor is not None:
-                sampled = torch.exp(terms.row_logits - row_lse).masked_fill(terms.is_heavy, 0)
-                floored = sampled.sum(-1, keepdim=True) < torch.exp(floor.to(dtype) - row_lse)
-                by_sum = by_sum.masked_fill(floored & ~terms.is_heavy, 0)
+            if sums.is_floored is not None:
+                by_sum = by_sum.masked_fill(sums.is_floored & ~terms.is_heavy, 0)
             grad_logits = by_value * torch.bmm(do, v.transpose(1, 2))
-            grad_logits += by_sum * along_sum.reshape(-1)[row].unsqueeze(-1)
+            # the derivative of log D_i collects dlse and minus dO . O (the normalisation), taken
+            # from the terms themselves: O is rounded to the dtype of the inputs
+            along_sum = grad_lse.reshape(-1)[row].unsqueeze(-1).to(dtype)
+            along_sum = along_sum - grad_logits.sum(dim=-1, keepdim=True)
+            grad_logits += by_sum * along_sum
             grad_q[chunk.rows] = scale * torch.bmm(grad_logits, terms.k)
             grad_k.index_add_(
                 0,
@@ -368,12 +360,47 @@ class _Terms(NamedTuple):
         return cls(q, k, row_logits, value_logits, is_heavy, is_capped)
 
 
-def _row_sum(
-    weights: torch.Tensor, is_heavy: torch.Tensor, floor: torch.Tensor | None, top: torch.Tensor
-) -> torch.Tensor:
-    """Row sums `[N, R, 1]` of shifted weights, the sampled part raised to the floor."""
-    if floor is None:
-        return weights.sum(-1, keepdim=True)
-    heavy = weights.masked_fill(~is_heavy, 0).sum(-1, keepdim=True)
-    sampled = weights.masked_fill(is_heavy, 0).sum(-1, keepdim=True)
-    return heavy + torch.maximum(sampled, torch.exp(floor.to(weights.dtype) - top))
+class _RowSums(NamedTuple):
+    """Weights of one chunk, each shifted by the row's largest, and what normalises them.
+
+    The backward computes them anew: rounded to the dtype of `lse`, a normaliser of thousands would
+    put its rounding error into every weight of the row.
+    """
+
+    weights: torch.Tensor  # [N, R, L]
+    value_weights: torch.Tensor  # the same tensor, unless the numerator has weights of its own
+    row_sum: torch.Tensor  # [N, R, 1]; 1 in empty rows
+    value_factor: torch.Tensor  # makes shares of value_weights; 0 in empty rows
+    lse: torch.Tensor
+    is_floored: torch.Tensor | None
+
+    @classmethod
+    def of(cls, terms: _Terms, log_floor: torch.Tensor | None) -> _RowSums:
+        top = terms.row_logits.amax(-1, keepdim=True)
+        is_empty = top == _NEG_INF
+        if log_floor is not None:
+            top = torch.maximum(top, log_floor.to(top.dtype))
+        top = top.masked_fill(is_empty, 0)
+        weights = torch.exp(terms.row_logits - top)
+        is_floored = None
+        if log_floor is None:
+            row_sum = weights.sum(-1, keepdim=True)
+        else:
+            sampled = weights.masked_fill(terms.is_heavy, 0).sum(-1, keepdim=True)
+            floor = torch.exp(log_floor.to(top.dtype) - top)
+            is_floored = sampled < floor
+            row_sum = weights.masked_fill(~terms.is_heavy, 0).sum(-1, keepdim=True)
+            row_sum = row_sum + torch.maximum(sampled, floor)
+        row_sum = row_sum.masked_fill(is_empty, 1)
+        value_weights, value_factor = weights, 1 / row_sum
+        if terms.value_logits is not terms.row_logits:
+            # a shift of its own: capped sums may lie far below the numerator
+            value_top = terms.value_logits.amax(-1, keepdim=True)
+            value_top = value_top.masked_fill(torch.isinf(value_top), 0)
+            value_weights = torch.exp(terms.value_logits - value_top)
+            # stays finite, also in sums
+            largest = 700.0 if top.dtype == torch.float64 else 80.0
+            value_factor = value_factor * torch.exp((value_top - top).clamp(max=largest))
+        value_factor = value_factor.masked_fill(is_empty, 0)
+        lse = (top + torch.log(row_sum)).masked_fill(is_empty, _NEG_INF)
+        return cls(weights, value_weights, row_sum, value_factor, lse, is_floored)

@@ -76,12 +76,16 @@ class AbstractSampler(AbstractComponent):
     ) -> KeySample:  # fmt: skip
         """Draw a sample of each of several prefixes of the keys.
 
-        A prefix no longer than `num_samples` is taken whole, every key once with weight 1.
+        A prefix no longer than `num_samples` is taken whole, every key once with weight 1. Of a
+        longer one, the keys that all rows of the tile see are drawn by the density. The others,
+        about as many as the tile has rows, each get the mean density of those before: the density
+        of a key that some row of the tile must not see would move the weights of that row.
 
         Args:
             query, key, value: as in `density`.
             num_samples: number of draws `m` of each prefix.
-            prefixes: int64 `[tiles]`, lengths.
+            prefixes: int64 `[tiles]`, ascending lengths; the rows of a tile see more keys than
+                the prefix of the tile before it (of the first tile: than `n_k - n_q`).
             generator: source of the draws.
 
         Returns:
@@ -97,12 +101,19 @@ class AbstractSampler(AbstractComponent):
             index = torch.minimum((draws * length).long(), length - 1)
             log_weight = torch.log(length / max(1, num_samples)).expand(shape)
         else:
+            before = prefixes.new_tensor([max(0, num_keys - query.shape[2])])
+            seen = torch.cat([before, prefixes[:-1]]).unsqueeze(-1).minimum(length)  # [T, 1]
             cumulative = density.double().cumsum(dim=-1)
-            total = cumulative[..., length.squeeze(-1) - 1].unsqueeze(-1)  # [B, H, T, 1]
-            index = torch.searchsorted(cumulative, (draws * total).flatten(2), right=True)
-            index = torch.minimum(index.view(shape), length - 1)
+            total = cumulative[..., seen.squeeze(-1).clamp(min=1) - 1].unsqueeze(-1)  # [B, H, T, 1]
+            place = draws * length
+            by_density = place < seen
+            target = torch.where(by_density, place / seen.clamp(min=1) * total, 0.0)
+            index = torch.searchsorted(cumulative, target.flatten(2), right=True).view(shape)
+            index = torch.where(by_density, torch.minimum(index, seen - 1), place.long())
+            index = torch.minimum(index, length - 1)
             chosen = density.double().gather(-1, index.flatten(2)).view(shape)
-            log_weight = torch.log(total) - torch.log(chosen * max(1, num_samples))
+            chosen = torch.where(by_density, chosen * seen / total, 1.0)
+            log_weight = torch.log(length / max(1, num_samples)) - torch.log(chosen)
         slot = torch.arange(num_samples, device=key.device)
         is_whole = prefixes.unsqueeze(-1) <= num_samples
         whole_weight = torch.where(slot < prefixes.unsqueeze(-1), 0.0, float("-inf"))

@@ -40,8 +40,10 @@ def masked_attention(
     top = torch.where(torch.isinf(top), 0.0, top)
     terms = torch.exp(logits - top)
     total = terms.sum(dim=-1, keepdim=True)
-    out = terms @ v / torch.where(total == 0, 1.0, total)
-    return AttentionState(out=out, lse=(top + total.log()).squeeze(-1))
+    is_empty = total == 0
+    safe_total = torch.where(is_empty, 1.0, total)  # so that gradients stay finite too
+    lse = (top + safe_total.log()).masked_fill(is_empty, float("-inf"))
+    return AttentionState(out=terms @ v / safe_total, lse=lse.squeeze(-1))
 
 
 def dense_attention(

@@ -1,0 +1,218 @@
+"""Heavy columns: planted columns are found, at the stated cost, and never from the future."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hyperframe.detectors.heavy_columns import HeavyColumns, column_scores
+from hyperframe.errors import UnsupportedError
+
+
+def tensors(
+    seed: int = 0, *, num_queries: int = 40, num_keys: int = 40, dim: int = 4
+) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    query = torch.randn(2, 4, num_queries, dim, generator=g)
+    key = torch.randn(2, 2, num_keys, dim, generator=g)
+    return query, key
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def planted(num_keys: int, columns: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """All queries like the planted keys, and only those."""
+    query, key = tensors(num_queries=num_keys, num_keys=num_keys)
+    query[..., 0] += 5.0
+    key[:, :, columns, 0] += 8.0
+    return query, key
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that an operation made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        outs = out if isinstance(out, (tuple, list)) else [out]
+        for x in outs:
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
+def test_column_scores_are_sums_of_softmax_rows() -> None:
+    query, key = tensors()
+    rows = torch.tensor([3, 7, 39])
+    scores = column_scores(query, key, rows, scale=0.7)
+    keys = key.double().repeat_interleave(2, dim=1)
+    expected = torch.softmax(0.7 * query.double() @ keys.transpose(-1, -2), dim=-1)
+    torch.testing.assert_close(scores.double(), expected[:, :, rows].sum(2), rtol=1e-5, atol=1e-6)
+
+
+def test_planted_columns_are_found_and_held_by_every_row() -> None:
+    query, key = planted(200, [3, 77, 150])
+    mask = HeavyColumns(num_columns=3, num_queries=8).find(query, key, generator=generator())
+    dense = mask.to_dense()
+    assert dense[..., [3, 77, 150]].all()
+    assert torch.equal(mask.nnz(), torch.full((2, 4), 3 * 200))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_planted_columns_are_found_under_a_causal_mask(strict: bool) -> None:
+    columns = [3, 77, 150]
+    query, key = planted(256, columns)
+    detector = HeavyColumns(num_columns=24, num_queries=8, tile_size=16)
+    find = detector.find_strict if strict else detector.find
+    dense = find(query, key, is_causal=True, generator=generator()).to_dense()
+    for column in columns:
+        assert dense[:, :, column:, column].all()
+
+
+def test_the_strict_form_follows_earlier_queries_and_the_other_one_the_rows_own() -> None:
+    query, key = torch.zeros(1, 1, 64, 4), torch.zeros(1, 1, 64, 4)
+    query[:, :, :32, 0] = query[:, :, 32:, 1] = 5.0
+    key[:, :, 4, 0] = key[:, :, 9, 1] = 9.0
+    detector = HeavyColumns(num_columns=1, num_queries=8, tile_size=32)
+    strict = detector.find_strict(query, key, is_causal=True).to_dense()[0, 0]
+    loose = detector.find(query, key, is_causal=True).to_dense()[0, 0]
+    assert strict[40, 4]
+    assert not strict[40, 9]
+    assert loose[40, 9]
+    assert not loose[40, 4]
+
+
+@given(
+    num_queries=st.integers(1, 60),
+    num_keys=st.integers(1, 60),
+    num_columns=st.integers(1, 30),
+    tile_size=st.integers(1, 20),
+    seed=st.integers(0, 1000),
+)
+def test_a_causal_row_holds_its_own_tile_and_at_most_its_budget_of_columns(
+    num_queries: int, num_keys: int, num_columns: int, tile_size: int, seed: int
+) -> None:
+    query, key = tensors(seed, num_queries=num_queries, num_keys=num_keys)
+    detector = HeavyColumns(num_columns=num_columns, num_queries=3, tile_size=tile_size)
+    mask = detector.find(query, key, is_causal=True, generator=generator(seed))
+    dense, offset = mask.to_dense(), num_keys - num_queries
+    size = min(tile_size, num_queries)
+    for row in range(num_queries):
+        begin, position = row // size * size + offset, row + offset
+        own = dense[:, :, row, max(0, begin) : max(0, position + 1)]
+        assert own.all()
+        assert dense[:, :, row].sum(-1).max() - own.shape[-1] <= num_columns
+        if begin <= 0:
+            assert not dense[:, :, row, max(0, position + 1) :].any()
+
+
+@given(
+    num_queries=st.integers(1, 60),
+    num_keys=st.integers(1, 60),
+    cut=st.integers(0, 59),
+    seed=st.integers(0, 1000),
+)
+@example(num_queries=60, num_keys=60, cut=31, seed=0)
+@example(num_queries=40, num_keys=60, cut=21, seed=0)
+@example(num_queries=60, num_keys=40, cut=41, seed=0)
+def test_no_later_key_moves_a_causal_row(
+    num_queries: int, num_keys: int, cut: int, seed: int
+) -> None:
+    query, key = tensors(seed, num_queries=num_queries, num_keys=num_keys)
+    detector = HeavyColumns(num_columns=6, num_queries=3, tile_size=8)
+    cut = min(cut, num_queries)
+    before = detector.find(query, key, is_causal=True, generator=generator(seed)).to_dense()
+    key[:, :, max(0, cut + num_keys - num_queries) :] *= -5
+    after = detector.find(query, key, is_causal=True, generator=generator(seed)).to_dense()
+    assert torch.equal(before[:, :, :cut], after[:, :, :cut])
+
+
+@given(
+    num_queries=st.integers(1, 60),
+    missing=st.integers(0, 10),
+    cut=st.integers(0, 59),
+    seed=st.integers(0, 1000),
+)
+@example(num_queries=60, missing=0, cut=31, seed=0)
+@example(num_queries=53, missing=9, cut=41, seed=0)
+def test_no_later_key_or_query_moves_a_strictly_causal_row(
+    num_queries: int, missing: int, cut: int, seed: int
+) -> None:
+    num_keys = max(1, num_queries - missing)
+    query, key = tensors(seed, num_queries=num_queries, num_keys=num_keys)
+    detector = HeavyColumns(num_columns=6, num_queries=3, tile_size=8)
+    find, cut = detector.find_strict, min(cut, num_queries)
+    before = find(query, key, is_causal=True, generator=generator(seed)).to_dense()
+    query[:, :, cut:] *= -5
+    key[:, :, max(0, cut + num_keys - num_queries) :] *= -5
+    after = find(query, key, is_causal=True, generator=generator(seed)).to_dense()
+    assert torch.equal(before[:, :, :cut], after[:, :, :cut])
+
+
+def test_in_a_strict_rectangle_the_rows_themselves_do_not_vote() -> None:
+    query, key = tensors()
+    earlier = torch.randn(2, 4, 40, 4, generator=generator(3))
+    detector = HeavyColumns(num_columns=5, num_queries=7)
+    one = detector.find_strict(query, key, earlier_query=earlier)
+    two = detector.find_strict(-3 * query, key, earlier_query=earlier)
+    assert torch.equal(one.to_dense(), two.to_dense())
+    other = detector.find_strict(query, key, earlier_query=-earlier)
+    assert not torch.equal(one.to_dense(), other.to_dense())
+
+
+def test_without_earlier_queries_the_strict_form_is_refused() -> None:
+    query, key = tensors(num_queries=10, num_keys=30)
+    for is_causal in (False, True):
+        with pytest.raises(UnsupportedError, match=r"strict_causal=True: heavy_columns.*10 quer"):
+            HeavyColumns().find_strict(query, key, is_causal=is_causal)
+
+
+def test_without_a_generator_the_middle_rows_vote_and_the_result_is_fixed() -> None:
+    query, key = tensors()
+    detector = HeavyColumns(num_columns=5, num_queries=4)
+    assert torch.equal(detector.find(query, key).to_dense(), detector.find(query, key).to_dense())
+    others = torch.tensor([r for r in range(40) if r not in (4, 14, 24, 34)])
+    changed = query.clone()
+    changed[:, :, others] = 7.0
+    assert torch.equal(detector.find(changed, key).to_dense(), detector.find(query, key).to_dense())
+
+
+def test_voters_are_one_random_row_of_each_run() -> None:
+    from hyperframe.detectors.heavy_columns import _one_in_each_run
+
+    for length, count in ((40, 4), (41, 4), (3, 8), (1, 1)):
+        seen = set()
+        for seed in range(60):
+            rows = _one_in_each_run(length, count, torch.device("cpu"), generator(seed))
+            used = min(count, length)
+            bounds = torch.arange(used + 1) * length // used
+            assert ((bounds[:-1] <= rows) & (rows < bounds[1:])).all()
+            seen |= set(rows.tolist())
+        # a row is missed by 60 draws with probability (10/11)^60 < 0.4 %: most must be there
+        assert len(seen) >= 0.8 * length
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_no_intermediate_grows_with_the_square_of_the_length(is_causal: bool) -> None:
+    detector = HeavyColumns(num_columns=16, num_queries=8, tile_size=32)
+    largest = []
+    for n in (512, 1024):
+        query, key = torch.zeros(1, 2, n, 8), torch.zeros(1, 2, n, 8)
+        with Largest() as record:
+            detector.find(query, key, is_causal=is_causal, generator=generator())
+        largest.append(record.numel)
+        # votes of 8 rows, lists of 16 + 32 keys for every 32 rows, over about ten levels
+        assert record.numel <= 2 * n * 32
+    assert largest[1] <= 2.2 * largest[0]
+
+
+def test_columns_are_stored_once_for_all_rows() -> None:
+    query, key = tensors(num_queries=40)
+    mask = HeavyColumns(num_columns=5).find(query, key)
+    assert mask.key_index.shape == (2, 4, 1, 5)

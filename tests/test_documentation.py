@@ -1,0 +1,65 @@
+"""What the documentation shows must run: docstring examples, README blocks, Makefile targets."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import hyperframe
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODULES = ["hyperframe"] + [
+    module.name for module in pkgutil.walk_packages(hyperframe.__path__, "hyperframe.")
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_print_what_they_say(name: str) -> None:
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    module = importlib.import_module(name)
+    # examples use torch and the names of their own module
+    globals_ = {**vars(module), "torch": importlib.import_module("torch")}
+    failed, _ = doctest.testmod(module, optionflags=flags, extraglobs=globals_)
+    assert failed == 0
+
+
+def test_code_blocks_of_the_readme_run_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from hyperframe import detectors
+    from hyperframe.detectors.sort_lsh import SortLSH
+
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
+        num_hidden_layers=2, vocab_size=50,
+    )  # fmt: skip
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) >= 4
+    namespace = {"model": LlamaForCausalLM(config).eval(), "SortLSH": SortLSH}
+    try:
+        for block in blocks:
+            exec(compile(block, "README.md", "exec"), namespace)
+    finally:
+        detectors.registry.unregister("first_keys")
+    assert re.search(r"\d s, relative error \d", capsys.readouterr().out)
+
+
+def test_make_targets_of_the_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    asked = set(re.findall(r"`?\bmake ([a-z]+)\b", README)) - {"are"}
+    assert {"demo", "test"} <= asked
+    for target in asked:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+@pytest.mark.parametrize("page", [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"])
+def test_links_to_files_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} -> {target}"
