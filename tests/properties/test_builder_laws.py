@@ -75,3 +75,14 @@ def test_plans_are_one_for_each_order_and_one_for_the_rest(mask: HeavyMask) -> N
     plans = build_plans(mask, key_heads=mask.num_query_heads)
     assert len(plans) == len(orders) + bool(others)
     assert all(plan.is_causal == mask.is_causal for plan in plans)
+
+
+@given(problems(), st.booleans(), st.data())
+def test_plans_of_several_orders_hold_no_entry_twice(
+    problem: Problem, is_causal: bool, data: st.DataObject
+) -> None:
+    orders = masks(problem, forms=["range", "range_of_rows"], is_causal=is_causal)
+    mask = data.draw(orders) | data.draw(orders) | data.draw(masks(problem, is_causal=is_causal))
+    plans = build_plans(mask, key_heads=problem.key_heads)
+    heavy = torch.stack([plan.to_dense(part="heavy") for plan in plans]).sum(dim=0)
+    assert torch.equal(heavy, mask.to_dense().double())
