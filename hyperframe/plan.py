@@ -160,6 +160,30 @@ class TilePlan:
         rows = torch.where(rows < self.num_queries, rows, -1)
         return rows.view(tiles, self.tile_size).expand(batch, heads, -1, -1)
 
+    def check_inputs(self, query: torch.Tensor, key: torch.Tensor) -> None:
+        """Refuse queries and keys that the plan was not made for; reads shapes only.
+
+        Raises:
+            ArgumentError: names the size that differs.
+        """
+        sizes = (
+            ("batch size", self.key_index.shape[0], query.shape[0]),
+            ("number of query heads", self.num_query_heads, query.shape[1]),
+            ("number of queries", self.num_queries, query.shape[2]),
+            ("number of keys", self.num_keys, key.shape[2]),
+        )
+        for what, expected, found in sizes:
+            if expected != found:
+                raise ArgumentError(
+                    f"plan: it was made for a {what} of {expected}, but query {tuple(query.shape)} "
+                    f"and key {tuple(key.shape)} have {found}; build the plan from these inputs"
+                )
+        if self.key_index.shape[1] % key.shape[1]:
+            raise ArgumentError(
+                f"plan: its {self.key_index.shape[1]} heads are no multiple of the {key.shape[1]} "
+                "key heads; give every key head a list of its own"
+            )
+
     def validate(self) -> TilePlan:
         """Check the values of the index tensors and return the plan; reads the device.
 

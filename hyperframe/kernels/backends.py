@@ -63,7 +63,13 @@ def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: TilePlan, *, scale: float,
     backend: str = "auto",
 ) -> AttentionState:  # fmt: skip
-    """Attend by a plan with the backend of that name; shapes as in `TilePlan`."""
+    """Attend by a plan with the backend of that name; shapes as in `TilePlan`.
+
+    Raises:
+        ArgumentError: the plan was made for other shapes.
+        BackendUnavailableError: the backend cannot run here.
+    """
+    plan.check_inputs(query, key)
     return _IMPLEMENTED[resolve_backend(backend, query.device)](
         query, key, value, plan, scale=scale
     )

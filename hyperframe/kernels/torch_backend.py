@@ -22,7 +22,7 @@ from ..state import AttentionState
 
 __all__ = ["CHUNK_BYTES", "attend", "visible_keys"]
 
-CHUNK_BYTES = 96 << 20
+CHUNK_BYTES = 64 << 20
 """Upper bound, in bytes, of the temporaries of one chunk of tiles (about five score arrays)."""
 
 _FEWEST_ROWS = 64  # of a chunk, however long the list of its tile is
@@ -49,7 +49,8 @@ def attend(
     if plan.summary_key is not None and plan.summary_value is not None:
         key = torch.cat([key, plan.summary_key.to(key.dtype)], dim=2)
         value = torch.cat([value, plan.summary_value.to(value.dtype)], dim=2)
-    out, lse = _Attend.apply(query, key, value, _Layout.of(plan.deduplicated()), scale)
+    layout = _Layout.of(plan.deduplicated())
+    out, lse = _Attend.apply(query, key, value, layout, scale)  # type: ignore[no-untyped-call]
     return AttentionState(out=out, lse=lse)
 
 
@@ -79,8 +80,10 @@ class _Layout:
     @classmethod
     def of(cls, plan: TilePlan) -> _Layout:
         batch, heads, tiles, _ = plan.key_index.shape
-        lists = (plan.key_index, plan.key_count, plan.heavy_count, plan.band_count)
-        lists += (plan.log_weight, plan.value_log_weight)
+        lists = (
+            plan.key_index, plan.key_count, plan.heavy_count, plan.band_count,
+            plan.log_weight, plan.value_log_weight,
+        )  # fmt: skip
         shared = all(x is None or x.shape[2] == 1 or x.stride(2) == 0 for x in lists)
         tile_size = plan.tile_size
         if shared and tiles > 1:
@@ -140,7 +143,10 @@ class _Layout:
 
 
 class _Weights(NamedTuple):
-    """Per slot of a chunk: log weights `[N, 1, L]` (or None), visibility, exactness."""
+    """Per slot of a chunk: log weights `[N, 1, L]` (or None), visibility, exactness `[N, 1, L]`.
+
+    Visibility is `[N, 1, L]` where it is the same for all rows, else `[N, R, L]`.
+    """
 
     log_weight: torch.Tensor | None
     visible: torch.Tensor
@@ -181,12 +187,13 @@ class _Chunk:
         assert index is not None and key_count is not None and heavy_count is not None
         slot = torch.arange(index.shape[-1], device=index.device)
         is_heavy = (slot < heavy_count.unsqueeze(-1)).unsqueeze(1)  # [N, 1, L]
-        visible = (slot < key_count.unsqueeze(-1)).unsqueeze(1) & (self.row >= 0).unsqueeze(-1)
+        # rows of empty slots are not looked at: what they give is written to the extra last row
+        visible = (slot < key_count.unsqueeze(-1)).unsqueeze(1)
         key_position = index.unsqueeze(1)
         is_summary = key_position >= plan.num_keys
         position = (self.row + plan.position_offset).unsqueeze(-1)  # [N, R, 1]
         if plan.is_causal:
-            visible &= (key_position <= position) | is_summary
+            visible = visible & ((key_position <= position) | is_summary)
         if plan.band is not None:
             band_count = layout.per_tile(plan.band_count, self.tile)
             assert band_count is not None
@@ -194,9 +201,9 @@ class _Chunk:
             left, right = plan.band
             in_band = (key_position >= position - left) & (key_position <= position + right)
             in_band &= ~is_summary
-            visible &= torch.where(is_banded, in_band, is_heavy | ~in_band)
+            visible = visible & torch.where(is_banded, in_band, is_heavy | ~in_band)
         if plan.excluded is not None:
-            visible &= ~(self._excluded(plan.excluded, index) & ~is_summary)
+            visible = visible & ~(self._excluded(plan.excluded, index) & ~is_summary)
         log_weight = layout.per_tile(plan.log_weight, self.tile)
         if log_weight is not None:
             log_weight = log_weight.unsqueeze(1)
@@ -249,7 +256,7 @@ class _Attend(torch.autograd.Function):
             width = max(key.shape[-1], value.shape[-1])
             for chunk in layout.chunks(key_heads=key.shape[1], width=width):
                 terms = _Terms.of(chunk, flat_q, flat_k, scale, dtype)
-                v = flat_v[chunk.flat_keys()].to(dtype)  # [N, L, d_v]
+                v = flat_v[terms.keys].to(dtype)  # [N, L, d_v]
                 sums = _RowSums.of(terms, chunk.per_row(layout.plan.log_floor))
                 row_out = torch.bmm(sums.value_weights, v) * sums.value_factor
                 out[chunk.rows] = row_out.to(out.dtype)
@@ -281,17 +288,17 @@ class _Attend(torch.autograd.Function):
         width = max(key.shape[-1], value.shape[-1])
         for chunk in layout.chunks(key_heads=key.shape[1], width=width):
             terms = _Terms.of(chunk, flat_q, flat_k, scale, dtype)
-            flat_keys = chunk.flat_keys()
-            v = flat_v[flat_keys].to(dtype)
+            v = flat_v[terms.keys].to(dtype)
             row = chunk.rows.clamp(max=layout.num_rows - 1)
-            do = flat_grad[row].to(dtype)
+            is_empty_slot = (chunk.row < 0).unsqueeze(-1)
+            do = flat_grad[row].to(dtype).masked_fill(is_empty_slot, 0)
             sums = _RowSums.of(terms, chunk.per_row(plan.log_floor))
             by_value = sums.value_weights * sums.value_factor
             by_sum = by_value
             if sums.value_weights is not sums.weights:
                 by_sum = sums.weights / sums.row_sum
             grad_v.index_add_(
-                0, flat_keys.flatten(), torch.bmm(by_value.transpose(1, 2), do).flatten(0, 1)
+                0, terms.keys.flatten(), torch.bmm(by_value.transpose(1, 2), do).flatten(0, 1)
             )
             if terms.is_capped is not None:
                 by_sum = by_sum.masked_fill(terms.is_capped, 0)
@@ -301,12 +308,13 @@ class _Attend(torch.autograd.Function):
             # the derivative of log D_i collects dlse and minus dO . O (the normalisation), taken
             # from the terms themselves: O is rounded to the dtype of the inputs
             along_sum = grad_lse.reshape(-1)[row].unsqueeze(-1).to(dtype)
+            along_sum = along_sum.masked_fill(is_empty_slot, 0)
             along_sum = along_sum - grad_logits.sum(dim=-1, keepdim=True)
             grad_logits += by_sum * along_sum
             grad_q[chunk.rows] = scale * torch.bmm(grad_logits, terms.k)
             grad_k.index_add_(
                 0,
-                flat_keys.flatten(),
+                terms.keys.flatten(),
                 scale * torch.bmm(grad_logits.transpose(1, 2), terms.q).flatten(0, 1),
             )
         return grad_q[:-1].view_as(query).to(query.dtype), *_back(grad_k, key, grad_v, value)
@@ -325,6 +333,7 @@ class _Terms(NamedTuple):
 
     q: torch.Tensor
     k: torch.Tensor
+    keys: torch.Tensor
     row_logits: torch.Tensor
     value_logits: torch.Tensor
     is_heavy: torch.Tensor
@@ -337,27 +346,34 @@ class _Terms(NamedTuple):
     ) -> _Terms:  # fmt: skip
         plan = chunk.layout.plan
         q = flat_q[chunk.rows.clamp(max=chunk.layout.num_rows - 1)].to(dtype)  # [N, R, d]
-        k = flat_k[chunk.flat_keys()].to(dtype)  # [N, L, d]
-        logits = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+        keys = chunk.flat_keys()
+        k = flat_k[keys].to(dtype)  # [N, L, d]
         log_weight, visible, is_heavy = chunk.weights()
         cap = chunk.per_row(plan.log_cap)
+        value_weight = chunk.layout.per_tile(plan.value_log_weight, chunk.tile)
+        if cap is None and value_weight is None and visible.shape[1] == 1:
+            # the common case in one pass: all that the slots add fits into the product
+            bias = torch.zeros((), dtype=dtype, device=q.device)
+            bias = (bias if log_weight is None else log_weight.to(dtype)).expand(visible.shape)
+            bias = bias.masked_fill(~visible, _NEG_INF)
+            logits = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
+            return cls(q, k, keys, logits, logits, is_heavy, None)
+        logits = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
         is_capped = None
         row_logits = logits
         if cap is not None:
             is_capped = (logits > cap.to(dtype)) & ~is_heavy
             row_logits = torch.where(is_capped, cap.to(dtype), logits)
-        value_weight = chunk.layout.per_tile(plan.value_log_weight, chunk.tile)
-        separate = cap is not None or value_weight is not None
         hidden = ~visible
         if log_weight is not None:
             row_logits = row_logits + log_weight
         row_logits = row_logits.masked_fill(hidden, _NEG_INF)
         value_logits = row_logits
-        if separate:
+        if cap is not None or value_weight is not None:
             value_bias = log_weight if value_weight is None else value_weight.unsqueeze(1)
             value_logits = logits if value_bias is None else logits + value_bias
             value_logits = value_logits.masked_fill(hidden, _NEG_INF)
-        return cls(q, k, row_logits, value_logits, is_heavy, is_capped)
+        return cls(q, k, keys, row_logits, value_logits, is_heavy, is_capped)
 
 
 class _RowSums(NamedTuple):
@@ -381,7 +397,7 @@ class _RowSums(NamedTuple):
         if log_floor is not None:
             top = torch.maximum(top, log_floor.to(top.dtype))
         top = top.masked_fill(is_empty, 0)
-        weights = torch.exp(terms.row_logits - top)
+        weights = (terms.row_logits - top).exp_()
         is_floored = None
         if log_floor is None:
             row_sum = weights.sum(-1, keepdim=True)
@@ -397,7 +413,7 @@ class _RowSums(NamedTuple):
             # a shift of its own: capped sums may lie far below the numerator
             value_top = terms.value_logits.amax(-1, keepdim=True)
             value_top = value_top.masked_fill(torch.isinf(value_top), 0)
-            value_weights = torch.exp(terms.value_logits - value_top)
+            value_weights = (terms.value_logits - value_top).exp_()
             # stays finite, also in sums
             largest = 700.0 if top.dtype == torch.float64 else 80.0
             value_factor = value_factor * torch.exp((value_top - top).clamp(max=largest))

@@ -138,6 +138,8 @@ def test_a_row_holds_the_keys_of_its_share_of_ranks(num_queries: int, block_size
     seed=st.integers(0, 1000),
     rounding=st.sampled_from([0.0, 1.0, 100.0]),
 )
+@example(num_queries=13, num_keys=30, block_size=30, seed=0, rounding=0.0)
+@example(num_queries=13, num_keys=30, block_size=4, seed=0, rounding=100.0)
 def test_blocks_cover_every_row_with_at_most_block_size_keys(
     num_queries: int, num_keys: int, block_size: int, seed: int, rounding: float
 ) -> None:
@@ -153,6 +155,9 @@ def test_blocks_cover_every_row_with_at_most_block_size_keys(
         assert mask.to_dense().any(dim=-2).all()  # every block has a row
     if block_size >= num_keys:
         assert held.min() == num_keys
+        causal = SortLSH(block_size=block_size).find(query, key, is_causal=True)
+        everything = torch.ones(num_queries, num_keys, dtype=torch.bool)
+        assert (causal.to_dense() == everything.tril(num_keys - num_queries)).all()
 
 
 def test_equal_queries_and_keys_with_distinct_codes_always_meet() -> None:
