@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import logging
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -10,12 +13,8 @@ import torch
 from . import detectors, estimators, samplers
 from .builder import SampleDraw, build_plans
 from .causal import Rectangle, attend_recursively
-from .component import (
-    check_bool,
-    check_choice,
-    check_non_negative_int,
-)
-from .errors import ArgumentTypeError
+from .component import check_bool, check_choice, check_non_negative_int
+from .errors import ArgumentTypeError, did_you_mean
 from .kernels import attend, exact_attention, resolve_backend, visible_keys
 from .kernels.backends import BACKENDS
 from .kernels.exact import exact_output
@@ -27,10 +26,24 @@ from .state import AttentionState, merge
 from .trace import active_trace
 from .validation import check_inputs, check_padding_mask, check_scale
 
-__all__ = ["DEFAULT_MIN_SEQ_LEN", "HyperAttention", "hyper_attention"]
+__all__ = ["BREAK_EVEN", "DEFAULT_LEAF", "HyperAttention", "hyper_attention"]
 
-DEFAULT_MIN_SEQ_LEN = 4096
-"""Sequence length up to which exact attention runs when `min_seq_len=None`."""
+_LOGGER = logging.getLogger(__name__)
+
+BREAK_EVEN = {
+    ("cpu", False): 2047,
+    ("cpu", True): 8191,
+    ("cuda", False): 65535,
+    ("cuda", True): 262143,
+}
+"""Keys up to which exact attention is the faster one, by (device, is_causal).
+
+What `min_seq_len=None` means for a whole call; measured with `benchmarks/crossover.py`. On a GPU
+this is the break-even of the torch backend, whose causal one lies beyond the measured lengths.
+"""
+
+DEFAULT_LEAF = 2048
+"""Longest leaf of the causal recursion when `min_seq_len=None`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +64,8 @@ class HyperAttention:
             entries, so that row i depends on positions <= i alone. False uses all queries, as
             block selection everywhere does. Keys and values never leak, either way.
         min_seq_len: exact attention runs for `n_k <= min_seq_len`, and in the leaves of the
-            recursion up to this length; 0 never falls back; None is `DEFAULT_MIN_SEQ_LEN`.
+            recursion up to this length; 0 never falls back. None takes the measured `BREAK_EVEN`
+            of the device for the call, and `DEFAULT_LEAF` for the leaves.
         backend: `"auto"`, `"reference"`, `"torch"`, `"triton"` or `"numba"`; one that was asked
             for runs or raises, it is never replaced.
         seed: seed of the draws. The same inputs and seed give the same bits: the object has no
@@ -176,10 +190,20 @@ class _Call:
     generator: torch.Generator
     need_lse: bool
 
+    def is_exact(self, query: torch.Tensor, key: torch.Tensor, is_causal: bool) -> bool:
+        """Whether a call is answered by exact attention."""
+        limit = self.attention.min_seq_len
+        if limit is None:
+            limit = BREAK_EVEN.get((query.device.type, is_causal), 0)
+            if key.shape[2] <= limit:
+                _log_exact(query.device.type, is_causal, limit)
+        return query.shape[2] == 1 or key.shape[2] <= limit
+
     @property
-    def min_seq_len(self) -> int:
+    def longest_leaf(self) -> int:
+        """Longest exact leaf of the recursion."""
         chosen = self.attention.min_seq_len
-        return DEFAULT_MIN_SEQ_LEN if chosen is None else chosen
+        return DEFAULT_LEAF if chosen is None else max(1, chosen)
 
     def solve(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool
@@ -187,7 +211,7 @@ class _Call:
         """Attend without padding."""
         attention = self.attention
         trace = active_trace()
-        if query.shape[2] == 1 or key.shape[2] <= self.min_seq_len:
+        if self.is_exact(query, key, is_causal):
             if trace is not None:
                 trace.exact_calls += 1
             return self._exact(query, key, value, is_causal)
@@ -195,16 +219,14 @@ class _Call:
             trace.approximate_calls += 1
         if is_causal and attention.causal == "recursive":
             return attend_recursively(
-                query, key, value, longest_leaf=max(1, self.min_seq_len),
+                query, key, value, longest_leaf=self.longest_leaf,
                 solve=self._solve_rectangle, stacked=not attention.detector.is_positional,
                 solve_leaf=lambda q, k, v: self._exact(q, k, v, True, need_lse=True),
             )  # fmt: skip
         strict = attention.strict_causal and is_causal
         find = attention.detector.find_strict if strict else attention.detector.find
         with torch.no_grad():
-            mask = find(
-                query, key, scale=self.scale, is_causal=is_causal, generator=self.generator
-            )
+            mask = find(query, key, scale=self.scale, is_causal=is_causal, generator=self.generator)
         return self._attend(query, key, value, mask)
 
     def _exact(
@@ -287,6 +309,15 @@ class _Call:
         return draw
 
 
+@functools.cache
+def _log_exact(device_type: str, is_causal: bool, limit: int) -> None:
+    """Say once for every kind of call that the default chose exact attention."""
+    _LOGGER.info(
+        "min_seq_len=None: exact attention runs up to %d keys on %s with is_causal=%s, where it "
+        "was measured to be faster; min_seq_len=0 never falls back", limit, device_type, is_causal,
+    )  # fmt: skip
+
+
 def hyper_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, is_causal: bool = False,
     scale: float | None = None, key_padding_mask: torch.Tensor | None = None,
@@ -295,9 +326,15 @@ def hyper_attention(
     """Attend once: `HyperAttention(**options)(query, key, value, ...)`.
 
     Args:
-        query, key, value, is_causal, scale, key_padding_mask, return_lse, generator: see
-            `HyperAttention.__call__`.
-        **options: see `HyperAttention`.
+        query: as in `HyperAttention.__call__`, like all that follow.
+        key: the keys.
+        value: the values.
+        is_causal: whether to attend causally.
+        scale: factor of the logits.
+        key_padding_mask: True for real keys.
+        return_lse: also return the log normaliser.
+        generator: source of the draws.
+        **options: fields of `HyperAttention`.
 
     Example:
         >>> import torch
@@ -305,7 +342,16 @@ def hyper_attention(
         >>> hyper_attention(q, k, v, detector="sliding_window(width=32)", min_seq_len=0).shape
         torch.Size([1, 2, 256, 16])
     """
-    return HyperAttention(**options)(
+    known = [field.name for field in dataclasses.fields(HyperAttention)]
+    for name in options:
+        if name not in known:
+            raise ArgumentTypeError(
+                f"hyper_attention: there is no argument {name}={options[name]!r}; its options are "
+                f"{', '.join(known)}.{did_you_mean(name, known)}"
+            )
+    attention = HyperAttention(**options)
+    result: Any = attention(
         query, key, value, is_causal=is_causal, scale=scale, key_padding_mask=key_padding_mask,
         return_lse=return_lse, generator=generator,
-    )  # fmt: skip
+    )  # type: ignore[call-overload]  # fmt: skip
+    return result

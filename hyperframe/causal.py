@@ -116,15 +116,12 @@ def _square(
         for number in singles:
             start = 2 * size * number
             keys, rows = slice(start, start + size), slice(start + size, start + 2 * size)
-            pieces.append(
-                solve(
-                    Rectangle(
-                        query=query[:, :, rows], key=key[:, :, keys], value=value[:, :, keys],
-                        earlier_query=query[:, :, keys], query_start=offset + start + size,
-                        key_start=offset + start, first_row=skipped + start + size,
-                    )  # fmt: skip
-                )
-            )
+            part = Rectangle(
+                query=query[:, :, rows], key=key[:, :, keys], value=value[:, :, keys],
+                earlier_query=query[:, :, keys], query_start=offset + start + size,
+                key_start=offset + start, first_row=skipped + start + size,
+            )  # fmt: skip
+            pieces.append(solve(part))
         state = _merge_odd_runs(state, pieces, level)
     return state
 
@@ -136,7 +133,8 @@ def _leaves(
     full, rest = divmod(length, leaf)
 
     def runs(tensor: torch.Tensor) -> torch.Tensor:
-        whole = tensor[:, :, : full * leaf].unflatten(2, (full, leaf))
+        batch, heads, _, dim = tensor.shape
+        whole = tensor[:, :, : full * leaf].reshape(batch, heads, full, leaf, dim)
         return whole.transpose(1, 2).flatten(0, 1)
 
     solved = _unstack(solve_leaf(runs(query), runs(key), runs(value)), batch)

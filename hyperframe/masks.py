@@ -359,13 +359,9 @@ class ListMask(HeavyMask):
             raise ArgumentError(
                 f"tile_size: {tile_size} does not divide the mask's tile size {self.tile_size}"
             )
-        return ListMask(
-            **_problem(self), key_index=index, key_count=count, tile_size=tile_size
-        )
+        return ListMask(**_problem(self), key_index=index, key_count=count, tile_size=tile_size)
 
-    def restricted(
-        self, row_start: int, num_rows: int, key_start: int, num_keys: int
-    ) -> ListMask:
+    def restricted(self, row_start: int, num_rows: int, key_start: int, num_keys: int) -> ListMask:
         """Return the part of the mask in a rectangle, as a mask over that rectangle, uncausal."""
         if self.tile_size >= self.num_queries:
             # one list for all rows, wherever the rectangle begins

@@ -1,7 +1,11 @@
 """Key padding: padded keys are cut out, so that no detector or sampler ever sees one.
 
 Batch items with equal masks run together. Under a causal mask, rows whose own key is real form a
-causal problem over the real keys; a row at a padded position sees the real keys before it.
+causal problem over the real keys; a row at a padded position sees the real keys before it, and
+rows that see the same keys are solved together.
+
+There is no mask of queries: rows at padded positions are computed like others, and where keys are
+not causal they take part in the choice of a shared key list.
 """
 
 from __future__ import annotations
@@ -65,6 +69,7 @@ def _row_groups(
     if bool(is_real.any()):
         groups.append((every_row[is_real], total, True))
     padded = every_row[~is_real & (seen > 0)]
-    for count in torch.unique(seen[padded]).tolist():
-        groups.append((padded[seen[padded] == count], int(count), False))
-    return groups
+    return groups + [
+        (padded[seen[padded] == count], int(count), False)
+        for count in torch.unique(seen[padded]).tolist()
+    ]

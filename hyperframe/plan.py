@@ -230,7 +230,9 @@ class TilePlan:
             None if tensor is None else _store_once(tensor)
             for tensor in (self.key_index, self.key_count, self.heavy_count, self.band_count)
         )
-        assert index is not None and key_count is not None and heavy_count is not None
+        assert index is not None
+        assert key_count is not None
+        assert heavy_count is not None
         batch, heads, tiles, num_slots = torch.broadcast_shapes(
             index.shape, (*key_count.shape, 1), (*heavy_count.shape, 1)
         )

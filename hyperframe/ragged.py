@@ -1,4 +1,4 @@
-"""Ragged lists in padded tensors: index `[batch, heads, tiles, L]` and count `[batch, heads, tiles]`.
+"""Ragged lists in padded tensors: index `[batch, heads, tiles, L]`, count one dimension less.
 
 Slots from the count on are unused and may hold anything. A dimension of stride 0 says that its
 lists are one and the same; joining keeps it so where it can.

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from .errors import ArgumentError
+
 __all__ = ["AttentionState", "empty_state", "merge"]
 
 
@@ -57,6 +59,8 @@ def merge(*states: AttentionState) -> AttentionState:
         >>> merge(a, b).out.tolist()
         [[[[0.5, 0.5]]]]
     """
+    if not states:
+        raise ArgumentError("merge: no states were given; pass at least one, or `empty_state(...)`")
     if len(states) == 1:
         return states[0]
     lses = torch.stack([state.lse for state in states])  # [S, B, H, n_q]

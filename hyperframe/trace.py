@@ -1,14 +1,14 @@
 """Counting what an attention call computed: exact and sampled keys for each query.
 
-    >>> import torch
-    >>> from hyperframe.attention import hyper_attention
-    >>> from hyperframe.trace import tracing
-    >>> q = k = v = torch.randn(1, 1, 64, 8)
-    >>> with tracing() as trace:
-    ...     _ = hyper_attention(
-    ...         q, k, v, detector="oracle(budget=4)", num_samples=0, min_seq_len=0)
-    >>> trace.keys_per_query
-    4.0
+>>> import torch
+>>> from hyperframe.attention import hyper_attention
+>>> from hyperframe.trace import tracing
+>>> q = k = v = torch.randn(1, 1, 64, 8)
+>>> with tracing() as trace:
+...     _ = hyper_attention(
+...         q, k, v, detector="oracle(budget=4)", num_samples=0, min_seq_len=0)
+>>> trace.keys_per_query
+4.0
 """
 
 from __future__ import annotations

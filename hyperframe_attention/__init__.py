@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hyperframe import detectors as detectors
+    from hyperframe import diagnostics as diagnostics
     from hyperframe import estimators as estimators
     from hyperframe import samplers as samplers
     from hyperframe.attention import HyperAttention as HyperAttention
@@ -56,6 +57,7 @@ __all__ = [
     "UnknownComponentError",
     "UnsupportedError",
     "detectors",
+    "diagnostics",
     "estimators",
     "hyper_attention",
     "samplers",
@@ -81,6 +83,7 @@ _HOMES = {
     "UnknownComponentError": "hyperframe.errors",
     "UnsupportedError": "hyperframe.errors",
     "detectors": "hyperframe.detectors",
+    "diagnostics": "hyperframe.diagnostics",
     "estimators": "hyperframe.estimators",
     "hyper_attention": "hyperframe.attention",
     "samplers": "hyperframe.samplers",

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hyperframe.attention import DEFAULT_MIN_SEQ_LEN, HyperAttention, hyper_attention
+from hyperframe.attention import BREAK_EVEN, HyperAttention, hyper_attention
 from hyperframe.detectors import create
 from hyperframe.errors import ArgumentError, BackendUnavailableError
 from hyperframe.testing import dense_attention, masked_attention
@@ -162,7 +162,7 @@ def test_up_to_min_seq_len_keys_attention_is_exact_and_above_it_is_not() -> None
     assert difference.abs().max() > 0.1
     # the default is far above this length
     assert HyperAttention().min_seq_len is None
-    assert DEFAULT_MIN_SEQ_LEN > 70
+    assert all(limit > 70 for limit in BREAK_EVEN.values())
     assert_exact(HyperAttention(detector="oracle(budget=1)", num_samples=0), tensors())
 
 

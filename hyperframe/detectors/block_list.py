@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -42,13 +42,14 @@ class BlockList(AbstractDetector):
     def __post_init__(self) -> None:
         """Check the parameters and store the pairs as tuples, sorted and without repetition."""
         check_positive_int(self, "block_size", self.block_size)
-        if isinstance(self.blocks, str) or not hasattr(self.blocks, "__iter__"):
+        given: Any = self.blocks
+        if isinstance(given, str) or not hasattr(given, "__iter__"):
             raise ArgumentTypeError(
-                f"block_list: blocks={self.blocks!r} has type {type(self.blocks).__name__}; pass a "
+                f"block_list: blocks={given!r} has type {type(given).__name__}; pass a "
                 "tuple of (query_block, key_block) pairs, or use BlockList.from_mask(mask)"
             )
         pairs = set()
-        for entry in self.blocks:
+        for entry in given:
             pair = tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
             if len(pair) not in (2, 3) or any(
                 isinstance(x, bool) or not isinstance(x, int) or x < 0 for x in pair
@@ -70,7 +71,8 @@ class BlockList(AbstractDetector):
                 holds the whole block.
             block_size: positions of a block.
         """
-        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        given: Any = mask
+        if not isinstance(given, torch.Tensor) or given.dtype != torch.bool:
             found = getattr(mask, "dtype", type(mask).__name__)
             raise ArgumentTypeError(
                 f"block_list: mask has type {found}; pass a torch tensor of dtype bool "

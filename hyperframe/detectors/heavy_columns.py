@@ -139,15 +139,20 @@ class HeavyColumns(AbstractDetector):
         shape = (batch, heads, num_tiles)
         levels = causal_levels(num_queries, size)
         # rectangles over a tile: one for each set bit of its number, and the keys before row 0
-        covering = sum(((tile >> bit) & 1) for bit in range(len(levels)))
-        covering = torch.as_tensor(covering, device=query.device) + (1 if offset > 0 else 0)
-        share = self.num_columns // covering.clamp(min=1)
+        bits = (tile.unsqueeze(-1) >> torch.arange(len(levels) + 1, device=query.device)) & 1
+        larger = bits.flip(-1).cumsum(-1).flip(-1)[:, 1:] + (1 if offset > 0 else 0)
+        covering = (bits.sum(-1) + (1 if offset > 0 else 0)).clamp(min=1)
+
+        def share(rank: torch.Tensor | int) -> torch.Tensor:
+            """Columns of the rectangle before which `rank` larger ones were served."""
+            return (self.num_columns - 1 - rank) // covering + 1
+
         pieces = []
         if offset > 0:
             if strict:
                 self.find_strict(query, key[:, :, :offset], scale=scale)  # refuses: no voters
             best = self._best(query, key[:, :, :offset], scale, generator)
-            count = share.clamp(max=best.shape[-1])
+            count = share(0).clamp(max=best.shape[-1])
             pieces.append((best.unsqueeze(2).expand(*shape, -1), count.expand(shape)))
         own = key[:, :, max(0, offset) :]
         if offset < 0:
@@ -170,7 +175,7 @@ class HeavyColumns(AbstractDetector):
             rectangle = (tile >> (bit + 1)).clamp(max=lists.shape[2] - 1)
             start = (tile >> (bit + 1)) * 2 * level.size + offset
             index = lists[:, :, rectangle] + start.unsqueeze(-1)
-            count = torch.where((tile >> bit) & 1 == 1, share.clamp(max=lists.shape[-1]), 0)
+            count = share(larger[:, bit]).clamp(max=lists.shape[-1]) * bits[:, bit]
             pieces.append((index, count.expand(shape)))
         begin_own = tile * size + offset
         index = (begin_own.unsqueeze(-1) + torch.arange(size, device=query.device)).expand(

@@ -67,8 +67,8 @@ class SortLSH(AbstractDetector):
     mask: non-causal attention and the rectangles of the causal recursion. Under `is_causal` each
     row holds the keys of its own bucket in runs of half a block: its own run up to its position,
     and the one before. Nothing later moves those. (One block of all keys, where `block_size` is no
-    smaller than their number, is the same in every form.) The strict form of a rectangle places each
-    query among the sorted keys by its own code instead of by its rank.
+    smaller than their number, is the same in every form.) The strict form of a rectangle places
+    each query among the sorted keys by its own code instead of by its rank.
 
     Args:
         block_size: keys held by a row, at most.

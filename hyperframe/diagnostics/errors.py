@@ -49,4 +49,5 @@ def relative_error(
             f"{tuple(exact.shape)} [batch, query_heads, n_q, d_v]; pass the output of the same call"
         )
     difference = (out.to(dtype) - exact).flatten(2).norm(dim=-1)
-    return difference / exact.flatten(2).norm(dim=-1)
+    error: torch.Tensor = difference / exact.flatten(2).norm(dim=-1)
+    return error

@@ -54,9 +54,7 @@ class Uniform(AbstractEstimator):
                 query, key, value, num_samples=num_samples, prefixes=prefixes, generator=generator
             )
 
-        plans = build_plans(
-            mask, key_heads=key.shape[1], draw=draw if num_samples > 0 else None
-        )
+        plans = build_plans(mask, key_heads=key.shape[1], draw=draw if num_samples > 0 else None)
         states: list[AttentionState] = [
             attend(query, key, value, plan, scale=default_scale(query, scale)) for plan in plans
         ]

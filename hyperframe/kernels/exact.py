@@ -46,9 +46,7 @@ def exact_output(
         )
     if num_queries > num_keys:
         # the first rows come before every key
-        rest = exact_output(
-            query[:, :, -num_keys:], key, value, scale=scale, is_causal=True
-        )
+        rest = exact_output(query[:, :, -num_keys:], key, value, scale=scale, is_causal=True)
         return F.pad(rest, (0, 0, num_queries - num_keys, 0))
     if _has_flash(query, value):
         # a mask of this shape would be written out
@@ -75,17 +73,22 @@ def exact_attention(
     num_before = key.shape[2] - query.shape[2]
     if _has_flash(query, value) and (num_before >= 0 or not is_causal):
         if not is_causal or num_before == 0:
-            return AttentionState(*_FlashCPU.apply(query, key, value, scale, is_causal))
+            return AttentionState(*_flash(query, key, value, scale, is_causal))
         # the kernel aligns its triangle top left: keys before the first query stand apart
         before, own = slice(num_before), slice(num_before, None)
         return merge(
-            AttentionState(
-                *_FlashCPU.apply(query, key[:, :, before], value[:, :, before], scale, False)
-            ),
-            AttentionState(*_FlashCPU.apply(query, key[:, :, own], value[:, :, own], scale, True)),
+            AttentionState(*_flash(query, key[:, :, before], value[:, :, before], scale, False)),
+            AttentionState(*_flash(query, key[:, :, own], value[:, :, own], scale, True)),
         )
     plan = full_plan(query, key, is_causal=is_causal)
     return torch_backend.attend(query, key, value, plan, scale=scale)
+
+
+def _flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, is_causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = _FlashCPU.apply(query, key, value, scale, is_causal)  # type: ignore[no-untyped-call]
+    return out, lse
 
 
 def _has_flash(query: torch.Tensor, value: torch.Tensor) -> bool:
@@ -148,7 +151,8 @@ class _FlashCPU(torch.autograd.Function):
         ones = grad_out.new_ones((*grad_out.shape[:-1], 1))
         grad_out = torch.cat([grad_out, ones], dim=-1)
         out = torch.cat([out, -grad_lse.unsqueeze(-1).to(out.dtype)], dim=-1)
-        grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grad_q, grad_k, grad_v = backward(
             F.pad(grad_out, (0, 7)), F.pad(query, pad), F.pad(key, pad), F.pad(value, pad),
             F.pad(out, (0, 7)), lse, 0.0, ctx.is_causal, scale=ctx.scale,
         )  # fmt: skip

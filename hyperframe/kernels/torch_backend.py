@@ -184,7 +184,9 @@ class _Chunk:
         index = layout.per_tile(layout.index, self.tile)
         key_count = layout.per_tile(plan.key_count, self.tile)
         heavy_count = layout.per_tile(plan.heavy_count, self.tile)
-        assert index is not None and key_count is not None and heavy_count is not None
+        assert index is not None
+        assert key_count is not None
+        assert heavy_count is not None
         slot = torch.arange(index.shape[-1], device=index.device)
         is_heavy = (slot < heavy_count.unsqueeze(-1)).unsqueeze(1)  # [N, 1, L]
         # rows of empty slots are not looked at: what they give is written to the extra last row

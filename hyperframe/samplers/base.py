@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from ..component import AbstractComponent, check_non_negative_int
+from ..errors import ArgumentError
 from ..randomness import uniform
 from ..samples import KeySample
 
@@ -48,7 +49,9 @@ class AbstractSampler(AbstractComponent):
         """Draw `num_samples` keys for every key head, with replacement.
 
         Args:
-            query, key, value: as in `density`.
+            query: as in `density`.
+            key: as in `density`.
+            value: as in `density`.
             num_samples: number of draws `m`.
             generator: source of the draws.
 
@@ -82,7 +85,9 @@ class AbstractSampler(AbstractComponent):
         of a key that some row of the tile must not see would move the weights of that row.
 
         Args:
-            query, key, value: as in `density`.
+            query: as in `density`.
+            key: as in `density`.
+            value: as in `density`.
             num_samples: number of draws `m` of each prefix.
             prefixes: int64 `[tiles]`, ascending lengths; the rows of a tile see more keys than
                 the prefix of the tile before it (of the first tile: than `n_k - n_q`).
@@ -125,4 +130,19 @@ class AbstractSampler(AbstractComponent):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor | None:
         with torch.no_grad():
-            return self.density(query, key, value)
+            density = self.density(query, key, value)
+        if density is None:
+            return None
+        if density.shape != key.shape[:3] or not density.is_floating_point():
+            raise ArgumentError(
+                f"{self.name}: its density has shape {tuple(density.shape)} and dtype "
+                f"{density.dtype}; it must be floating point [batch, key_heads, n_k] = "
+                f"{tuple(key.shape[:3])}"
+            )
+        # elsewhere than on the CPU, looking at values would make every call wait
+        if density.device.type == "cpu" and not bool((density > 0).all()):
+            raise ArgumentError(
+                f"{self.name}: its density is not positive everywhere (smallest value "
+                f"{float(density.min())}); a key that can never be drawn makes the row sums biased"
+            )
+        return density

@@ -21,9 +21,10 @@ class RowNorm(AbstractSampler):
     its square is the weight `1 / (m p_l)` used here.
 
     Lemma 2 is about the product with V alone. The same columns also estimate row sums, which a
-    column with a vanishing value enters as well; so squared norms below one hundredth of their
-    mean (of the mean so far, in the order of positions) count as that much. Weights are then
-    bounded by about `100 n / m` and the row sums stay unbiased.
+    column with a vanishing value enters as well; so squared norms below one hundredth of the mean
+    so far, in the order of positions, count as that much. No density is 0 then, and the row sums
+    stay unbiased; their variance does not: early keys with small values (attention sinks) are
+    drawn rarely and with large weights.
 
     Cost: O(n d_v) time, O(n) memory for a head. Random. Source: HyperAttention, Lemma 2.
 
