@@ -243,12 +243,13 @@ def main(arguments: list[str] | None = None) -> int:
         depth = model.config.num_hidden_layers
         for run in runs(options.min_seq_len):
             for seed in range(options.seeds if run.options else 1):
-                label = f"{run.label}, layers {run.layers}, seed {seed}"
+                label = run.label.partition(",")[0]
+                label += f", {run.layers}, seed {seed}" if run.options else ""
                 task = progress.add_task(label, total=depth)
                 row = measure(model, tokens, run, seed, lambda task=task: progress.advance(task))
                 rows.append(row)
                 row.change_percent = 100 * (row.perplexity / rows[0].perplexity - 1)
-                progress.update(task, description=f"{label}: perplexity {row.perplexity:.2f}")
+                progress.update(task, description=f"{label}: {row.perplexity:.2f}")
 
     show(rows, options.length, options.text)
     options.out.mkdir(parents=True, exist_ok=True)

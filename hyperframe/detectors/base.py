@@ -41,10 +41,13 @@ class AbstractDetector(AbstractComponent):
     Attributes:
         is_positional: the mask depends on positions and not on the content of queries and keys;
             such a detector is asked for every rectangle of the causal recursion by itself.
+        is_row_local: a row's entries depend on no other query, so that `find` is strictly causal
+            as it is.
     """
 
     kind: ClassVar[str] = "detector"
     is_positional: ClassVar[bool] = False
+    is_row_local: ClassVar[bool] = False
 
     @abstractmethod
     def find(
@@ -86,6 +89,8 @@ class AbstractDetector(AbstractComponent):
         Raises:
             UnsupportedError: the detector has no such form.
         """
+        if self.is_row_local:
+            return self.find(query, key, scale=scale, is_causal=is_causal, generator=generator)
         raise UnsupportedError(
             f"strict_causal=True: the detector {self.name} chooses entries with the help of later "
             "queries and has no strictly causal form; use strict_causal=False, or another detector"

@@ -35,6 +35,7 @@ class BlockList(AbstractDetector):
     """
 
     is_positional: ClassVar[bool] = True
+    is_row_local: ClassVar[bool] = True
 
     blocks: tuple[tuple[int, ...], ...] = ()
     block_size: int = 64
@@ -149,14 +150,6 @@ class BlockList(AbstractDetector):
             key_index=index.clamp(0, num_keys - 1).to(query.device).expand(batch, -1, -1, -1),
             key_count=count.to(query.device).expand(batch, -1, -1), tile_size=self.block_size,
         )  # fmt: skip
-
-    def find_strict(
-        self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
-        is_causal: bool = False, generator: torch.Generator | None = None,
-        earlier_query: torch.Tensor | None = None,
-    ) -> HeavyMask:  # fmt: skip
-        """Return `find`: a fixed pattern does not look at queries."""
-        return self.find(query, key, is_causal=is_causal)
 
     def find_rectangle(
         self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -31,6 +32,8 @@ class Oracle(AbstractDetector):
         >>> Oracle(budget=2).find(q, k).to_dense().tolist()
         [[[[False, True, True]]]]
     """
+
+    is_row_local: ClassVar[bool] = True
 
     budget: int = 256
 
@@ -69,11 +72,3 @@ class Oracle(AbstractDetector):
             torch.cat(found, dim=2), count.expand(batch, heads, -1), num_query_heads=heads,
             num_keys=num_keys, is_causal=is_causal,
         )  # fmt: skip
-
-    def find_strict(
-        self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
-        is_causal: bool = False, generator: torch.Generator | None = None,
-        earlier_query: torch.Tensor | None = None,
-    ) -> HeavyMask:  # fmt: skip
-        """Return `find`: a row's entries depend on its own query alone."""
-        return self.find(query, key, scale=scale, is_causal=is_causal)

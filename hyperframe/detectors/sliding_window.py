@@ -37,6 +37,7 @@ class SlidingWindow(AbstractDetector):
     """
 
     is_positional: ClassVar[bool] = True
+    is_row_local: ClassVar[bool] = True
 
     width: int = 256
     num_sinks: int = 16
@@ -58,14 +59,6 @@ class SlidingWindow(AbstractDetector):
             left=left, right=self.width - 1 - left, num_sinks=self.num_sinks,
             on_device=query.device,
         )  # fmt: skip
-
-    def find_strict(
-        self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
-        is_causal: bool = False, generator: torch.Generator | None = None,
-        earlier_query: torch.Tensor | None = None,
-    ) -> HeavyMask:  # fmt: skip
-        """Return `find`: positions tell nothing about later queries."""
-        return self.find(query, key, is_causal=is_causal)
 
     def find_rectangle(
         self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,

@@ -1,0 +1,135 @@
+"""Key lists of tiles of consecutive rows: columns, block lists, single entries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+
+from ..errors import ArgumentError, ArgumentTypeError
+from ..ragged import keep_in_lists, spread_heads
+from .base import HeavyMask, problem_of
+
+__all__ = ["ListMask"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ListMask(HeavyMask):
+    """Key lists of tiles of consecutive rows.
+
+    Args:
+        key_index: integer `[batch, heads, tiles, L]`, distinct keys of each tile, where `heads`
+            is the number of query heads or of key heads (a list shared by a group) and `tiles`
+            is `ceil(n_q / tile_size)`; expanded (stride 0) dimensions are welcome and kept.
+        key_count: integer `[batch, heads, tiles]`; slots from `key_count` on are unused.
+        tile_size: rows of a tile; `n_q` or more for one list a head, 1 for one list a row.
+    """
+
+    key_index: torch.Tensor
+    key_count: torch.Tensor
+    tile_size: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the mask's tensors live."""
+        return self.key_index.device
+
+    @classmethod
+    def columns(
+        cls, index: torch.Tensor, *, num_query_heads: int, num_queries: int, num_keys: int,
+        is_causal: bool = False,
+    ) -> ListMask:  # fmt: skip
+        """Return the mask of whole columns: `index` is integer `[batch, heads, columns]`."""
+        batch_size, heads, count = index.shape
+        return cls(
+            batch_size=batch_size, num_query_heads=num_query_heads, num_queries=num_queries,
+            num_keys=num_keys, is_causal=is_causal, key_index=index.unsqueeze(2),
+            key_count=torch.full((batch_size, heads, 1), count, device=index.device),
+            tile_size=max(1, num_queries),
+        )  # fmt: skip
+
+    @classmethod
+    def entries(
+        cls, index: torch.Tensor, count: torch.Tensor, *, num_query_heads: int, num_keys: int,
+        is_causal: bool = False,
+    ) -> ListMask:  # fmt: skip
+        """Return the mask of single entries: `index` `[batch, heads, n_q, L]`, `count` one less."""
+        return cls(
+            batch_size=index.shape[0], num_query_heads=num_query_heads,
+            num_queries=index.shape[2], num_keys=num_keys, is_causal=is_causal,
+            key_index=index, key_count=count, tile_size=1,
+        )  # fmt: skip
+
+    @classmethod
+    def from_dense(cls, dense: torch.Tensor, *, is_causal: bool = False) -> ListMask:
+        """Return the mask of a dense bool `[batch, query_heads, n_q, n_k]`; small problems."""
+        if dense.dtype != torch.bool or dense.dim() != 4:
+            raise ArgumentTypeError(
+                "dense: expected a bool tensor [batch, query_heads, n_q, n_k], got "
+                f"{dense.dtype} with shape {tuple(dense.shape)}; convert it with `.bool()`"
+            )
+        if is_causal:
+            num_queries, num_keys = dense.shape[-2:]
+            dense = dense.tril(num_keys - num_queries)
+        count = dense.sum(dim=-1)
+        longest = int(count.max()) if count.numel() else 0
+        # a stable sort of "absent" puts the present keys first, in increasing order
+        index = (~dense).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :longest]
+        return cls.entries(
+            index, count, num_query_heads=dense.shape[1], num_keys=dense.shape[-1],
+            is_causal=is_causal,
+        )  # fmt: skip
+
+    def retile(self, tile_size: int) -> ListMask:
+        """Return the same mask over smaller tiles; `tile_size` must divide the present one.
+
+        A list that covers all rows may be cut into tiles of any size, at no memory.
+        """
+        if tile_size == self.tile_size:
+            return self
+        num_tiles = max(1, -(-self.num_queries // tile_size))
+        if self.tile_size >= self.num_queries:
+            index = self.key_index[:, :, :1].expand(-1, -1, num_tiles, -1)
+            count = self.key_count[:, :, :1].expand(-1, -1, num_tiles)
+        elif self.tile_size % tile_size == 0:
+            tile = torch.arange(num_tiles, device=self.device) * tile_size // self.tile_size
+            index, count = self.key_index[:, :, tile], self.key_count[:, :, tile]
+        else:
+            raise ArgumentError(
+                f"tile_size: {tile_size} does not divide the mask's tile size {self.tile_size}"
+            )
+        return ListMask(**problem_of(self), key_index=index, key_count=count, tile_size=tile_size)
+
+    def restricted(self, row_start: int, num_rows: int, key_start: int, num_keys: int) -> ListMask:
+        """Return the part of the mask in a rectangle, as a mask over that rectangle, uncausal."""
+        if self.tile_size >= self.num_queries:
+            # one list for all rows, wherever the rectangle begins
+            whole, tile_size, tiles = self, max(1, num_rows), slice(0, 1)
+        else:
+            tile_size = gcd(self.tile_size, row_start)
+            whole = self.retile(tile_size)
+            first = row_start // tile_size
+            tiles = slice(first, first - (-num_rows // tile_size))
+        index = whole.key_index[:, :, tiles].long() - key_start
+        index, count = keep_in_lists(
+            index, whole.key_count[:, :, tiles], (index >= 0) & (index < num_keys)
+        )
+        return ListMask(
+            batch_size=self.batch_size, num_query_heads=self.num_query_heads,
+            num_queries=num_rows, num_keys=num_keys, key_index=index, key_count=count,
+            tile_size=tile_size,
+        )  # fmt: skip
+
+    def _rows(self, start: int, stop: int) -> torch.Tensor:
+        tile = torch.arange(start, stop, device=self.device) // self.tile_size
+        index = spread_heads(self.key_index, self.num_query_heads)[:, :, tile].long()
+        count = spread_heads(self.key_count, self.num_query_heads)[:, :, tile]
+        slots = torch.arange(index.shape[-1], device=self.device)
+        # unused slots write to an extra last column
+        index = torch.where(slots < count.unsqueeze(-1), index, self.num_keys)
+        dense = torch.zeros(
+            self.batch_size, self.num_query_heads, stop - start, self.num_keys + 1,
+            dtype=torch.bool, device=self.device,
+        )  # fmt: skip
+        return dense.scatter_(-1, index.expand(self.batch_size, -1, -1, -1), True)[..., :-1]
