@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hyperframe.errors import ArgumentError, ArgumentTypeError
-from hyperframe.masks import BandMask, HeavyMask, ListMask, RangeMask
+from hyperframe.masks import BandMask, HeavyMask, ListMask, RangeMask, UnionMask
 from hyperframe.masks import base as masks_module
 
 
