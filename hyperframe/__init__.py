@@ -24,6 +24,7 @@ from .errors import (
     UnknownComponentError,
     UnsupportedError,
 )
+from .lazy import lazy_names
 from .masks import HeavyMask
 from .plan import TilePlan
 from .rowsums import RowSums
@@ -55,3 +56,8 @@ __all__ = [
     "hyper_attention",
     "samplers",
 ]
+
+# not loaded by `import hyperframe`, but there when asked for: `hyperframe.testing`
+__getattr__ = lazy_names(
+    __name__, {name: f".{name}" for name in ("integrations", "masks", "testing", "trace")}
+)

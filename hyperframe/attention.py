@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
 
 from . import detectors, estimators, samplers
-from .builder import SampleDraw, build_plans
+from .builder import build_plans
 from .causal import Rectangle, attend_recursively
 from .component import check_bool, check_choice, check_non_negative_int
-from .errors import ArgumentTypeError, did_you_mean
+from .errors import ArgumentTypeError, SpecError, UnsupportedError, did_you_mean
 from .kernels import attend, exact_attention, resolve_backend, visible_keys
 from .kernels.backends import BACKENDS
 from .kernels.exact import exact_output
 from .masks import HeavyMask
-from .padding import solve_padded
+from .padding import Part, Place, solve_padded
 from .randomness import make_generator
-from .samples import KeySample
 from .state import AttentionState, merge
 from .trace import active_trace
-from .validation import check_inputs, check_padding_mask, check_scale
+from .validation import check_generator, check_inputs, check_padding_mask, check_scale
 
-__all__ = ["BREAK_EVEN", "DEFAULT_LEAF", "HyperAttention", "hyper_attention"]
+__all__ = ["BREAK_EVEN", "DEFAULT_LEAF", "HyperAttention", "check_options", "hyper_attention"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -63,9 +64,9 @@ class HyperAttention:
         strict_causal: True lets only queries before a row's tile or rectangle help to choose its
             entries, so that row i depends on positions <= i alone. False uses all queries, as
             block selection everywhere does. Keys and values never leak, either way.
-        min_seq_len: exact attention runs for `n_k <= min_seq_len`, and in the leaves of the
-            recursion up to this length; 0 never falls back. None takes the measured `BREAK_EVEN`
-            of the device for the call, and `DEFAULT_LEAF` for the leaves.
+        min_seq_len: a call with `n_k <= min_seq_len` is answered by exact attention, and leaves of
+            the recursion up to this length are exact; 0 never falls back. None takes the measured
+            `BREAK_EVEN` of the device for the call, and `DEFAULT_LEAF` for the leaves.
         backend: `"auto"`, `"reference"`, `"torch"`, `"triton"` or `"numba"`; one that was asked
             for runs or raises, it is never replaced.
         seed: seed of the draws. The same inputs and seed give the same bits: the object has no
@@ -98,6 +99,35 @@ class HyperAttention:
     seed: int | None = 0
     check_finite: bool = False
 
+    def __new__(cls, *arguments: Any, **options: Any) -> HyperAttention:
+        """Refuse unknown options by name before the generated `__init__` sees them."""
+        if arguments:
+            raise ArgumentTypeError(
+                f"HyperAttention: {arguments[0]!r} was given without a name; options have names, "
+                "for example detector='sort_lsh'"
+            )
+        check_options(options, owner="HyperAttention")
+        return super().__new__(cls)
+
+    def __repr__(self) -> str:
+        """Return code that makes the object again, components as spec strings."""
+        return f"HyperAttention({', '.join(self._arguments())})"
+
+    def _arguments(self) -> Iterator[str]:
+        registries = {"detector": detectors, "sampler": samplers, "estimator": estimators}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in registries:
+                # an unregistered component has no spec: its own repr has to do
+                with contextlib.suppress(SpecError):
+                    value = registries[field.name].to_spec(value)
+            yield f"{field.name}={value!r}"
+
+    def replace(self, **changes: Any) -> HyperAttention:
+        """Return a copy with some options changed, checked like a new one."""
+        check_options(changes, owner="HyperAttention.replace")
+        return dataclasses.replace(self, **changes)
+
     def __post_init__(self) -> None:
         """Create the components and check the parameters."""
         object.__setattr__(self, "detector", detectors.create(self.detector))
@@ -116,6 +146,14 @@ class HyperAttention:
                 f"HyperAttention: seed={self.seed!r} has type {type(self.seed).__name__}; pass an "
                 "int, or None to draw one from torch's global generator in every call"
             )
+
+        for part in (self.sampler, self.estimator):
+            if self.strict_causal and getattr(part, "uses_queries", False):
+                raise UnsupportedError(
+                    f"strict_causal=True: the {part.kind} {part.name} looks at queries, later ones "
+                    "included, and has no strictly causal form; use strict_causal=False, or "
+                    "another one"
+                )
 
     @overload
     def __call__(
@@ -137,7 +175,7 @@ class HyperAttention:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *,
         is_causal: bool = False, scale: float | None = None,
         key_padding_mask: torch.Tensor | None = None, return_lse: bool = False,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | None = None, **unsupported: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Attend.
 
@@ -149,9 +187,11 @@ class HyperAttention:
                 key when `n_q != n_k`.
             scale: factor of the logits; None is `1 / sqrt(d)`.
             key_padding_mask: bool `[batch, n_k]`, True for real keys. Padding is cut out before
-                anything else sees the keys. Reads the device.
+                anything else sees the keys; positions are counted with it. Detectors that go by
+                positions need real keys without gaps between them. Reads the device.
             return_lse: also return the log normaliser.
             generator: source of the draws; replaces `seed`.
+            **unsupported: refused by name, with what to do instead.
 
         Returns:
             `out` `[batch, query_heads, n_q, d_v]`, and with `return_lse` the natural logarithm of
@@ -163,15 +203,18 @@ class HyperAttention:
             UnsupportedError: a component that cannot do what was asked, by name.
             BackendUnavailableError: the backend cannot run here.
         """
+        _refuse(unsupported)
         query, key, value = check_inputs(query, key, value, check_finite=self.check_finite)
         scale = check_scale(scale, query.shape[-1])
         check_bool("HyperAttention", "is_causal", is_causal)
+        check_bool("HyperAttention", "return_lse", return_lse)
+        check_generator(generator)
         resolve_backend(self.backend, query.device)
         if generator is None:
             generator = make_generator(self.seed, query.device)
         call = _Call(self, scale, generator, need_lse=return_lse)
         if key_padding_mask is None:
-            state = call.solve(query, key, value, is_causal)
+            state = call.solve(Part(query=query, key=key, value=value, is_causal=is_causal))
         else:
             mask = check_padding_mask(key_padding_mask, key)
             state = solve_padded(call.solve, query, key, value, mask, is_causal=is_causal)
@@ -190,14 +233,19 @@ class _Call:
     generator: torch.Generator
     need_lse: bool
 
-    def is_exact(self, query: torch.Tensor, key: torch.Tensor, is_causal: bool) -> bool:
-        """Whether a call is answered by exact attention."""
-        limit = self.attention.min_seq_len
+    def is_exact(self, part: Part) -> bool:
+        """Whether a part is answered by exact attention."""
+        limit, num_keys = self.attention.min_seq_len, part.key.shape[2]
         if limit is None:
-            limit = BREAK_EVEN.get((query.device.type, is_causal), 0)
-            if key.shape[2] <= limit:
-                _log_exact(query.device.type, is_causal, limit)
-        return query.shape[2] == 1 or key.shape[2] <= limit
+            device = part.query.device.type
+            limit = BREAK_EVEN.get((device, part.is_causal), 0)
+            if num_keys <= limit and not torch.compiler.is_compiling():
+                _log_exact(device, part.is_causal, limit)
+        num_queries = part.query.shape[2]
+        if part.place is not None and self.attention.detector.is_positional:
+            # where the rows of a call go by their positions, a single one left by the cut does too
+            num_queries = part.place.num_queries
+        return num_queries == 1 or num_keys <= limit
 
     @property
     def longest_leaf(self) -> int:
@@ -205,29 +253,55 @@ class _Call:
         chosen = self.attention.min_seq_len
         return DEFAULT_LEAF if chosen is None else max(1, chosen)
 
-    def solve(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool
-    ) -> AttentionState:
+    def solve(self, part: Part) -> AttentionState:
         """Attend without padding."""
-        attention = self.attention
+        attention, place = self.attention, part.place
+        query, key, value, is_causal = part.query, part.key, part.value, part.is_causal
         trace = active_trace()
-        if self.is_exact(query, key, is_causal):
+        if self.is_exact(part):
             if trace is not None:
                 trace.exact_calls += 1
             return self._exact(query, key, value, is_causal)
         if trace is not None:
             trace.approximate_calls += 1
+        if place is not None:
+            self._check_contiguous(place)
+        if place is not None and place.is_rectangle:
+            rectangle = Rectangle(
+                query=query, key=key, value=value, earlier_query=part.earlier_query,
+                query_start=place.query_start, key_start=place.key_start,
+                first_row=place.first_row,
+            )  # fmt: skip
+            return self._solve_rectangle(rectangle)
         if is_causal and attention.causal == "recursive":
             return attend_recursively(
                 query, key, value, longest_leaf=self.longest_leaf,
                 solve=self._solve_rectangle, stacked=not attention.detector.is_positional,
                 solve_leaf=lambda q, k, v: self._exact(q, k, v, True, need_lse=True),
+                skipped=0 if place is None else place.first_row,
+                key_start=0 if place is None else place.key_start,
             )  # fmt: skip
         strict = attention.strict_causal and is_causal
         find = attention.detector.find_strict if strict else attention.detector.find
+        if place is not None:
+            find = functools.partial(
+                attention.detector.find_within, strict=strict, query_start=place.query_start,
+                key_start=place.key_start, first_row=place.first_row,
+                num_queries=place.num_queries, num_keys=place.num_keys,
+            )  # fmt: skip
         with torch.no_grad():
             mask = find(query, key, scale=self.scale, is_causal=is_causal, generator=self.generator)
         return self._attend(query, key, value, mask)
+
+    def _check_contiguous(self, place: Place) -> None:
+        detector = self.attention.detector
+        if detector.is_positional and not place.is_contiguous:
+            raise UnsupportedError(
+                f"key_padding_mask: the detector {detector.name} goes by positions and cannot work "
+                "with padding between real keys; pad at the ends only, so that the real keys of "
+                "every batch item are contiguous, or use a detector that is not positional, such "
+                "as heavy_columns"
+            )
 
     def _exact(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool,
@@ -263,9 +337,10 @@ class _Call:
             query, key, mask, scale=self.scale, num_samples=attention.num_samples,
             generator=self.generator,
         )  # fmt: skip
-        plans = build_plans(
-            mask, key_heads=key.shape[1], draw=self._draw(query, key, value), rule=rule
+        draw = attention.sampler.draws(
+            query, key, value, num_samples=attention.num_samples, generator=self.generator
         )
+        plans = build_plans(mask, key_heads=key.shape[1], draw=draw, rule=rule)
         trace = active_trace()
         if trace is not None:
             for plan in plans:
@@ -285,28 +360,51 @@ class _Call:
             )
         return state
 
-    def _draw(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> SampleDraw | None:
-        num_samples, num_keys = self.attention.num_samples, key.shape[2]
-        if num_samples == 0:
-            return None
 
-        def draw(prefixes: torch.Tensor | None) -> KeySample:
-            sampler = self.attention.sampler
-            if prefixes is not None:
-                return sampler.sample_prefixes(  # type: ignore[no-any-return]
-                    query, key, value, num_samples=num_samples, prefixes=prefixes,
-                    generator=self.generator,
-                )  # fmt: skip
-            if num_samples >= num_keys:
-                index = torch.arange(num_keys, device=key.device).expand(*key.shape[:2], -1)
-                return KeySample(index=index, log_weight=torch.zeros_like(index).float())
-            return sampler.sample(  # type: ignore[no-any-return]
-                query, key, value, num_samples=num_samples, generator=self.generator
-            )
+_REMEDIES = {
+    "attn_mask": "use key_padding_mask for padding and is_causal for causality, or the detector "
+    "block_list for a fixed pattern",
+    "dropout_p": "set it to 0 in the model; sampled attention has no dropout",
+    "dropout": "set it to 0 in the model; sampled attention has no dropout",
+    "enable_gqa": "leave it out",
+    "softcap": "use exact attention for layers with capped logits",
+    "bias": "use exact attention for layers with a bias",
+    "attn_bias": "use exact attention for layers with a bias",
+    "s_aux": "use exact attention for layers with a sink logit of their own",
+}
 
-        return draw
+
+def check_options(options: Mapping[str, Any], *, owner: str) -> None:
+    """Refuse names that are no option of `HyperAttention`, with the nearest one.
+
+    Args:
+        options: what was given.
+        owner: who was called, for the message.
+
+    Raises:
+        UnsupportedError: attention features that there are not (dropout, a mask of entries, ...).
+        ArgumentTypeError: any other unknown name.
+    """
+    known = [field.name for field in dataclasses.fields(HyperAttention)]
+    unknown = {name: value for name, value in options.items() if name not in known}
+    _refuse({name: value for name, value in unknown.items() if name in _REMEDIES})
+    for name, value in unknown.items():
+        raise ArgumentTypeError(
+            f"{owner}: there is no option {name}={value!r}; the options are {', '.join(known)}."
+            f"{did_you_mean(name, known)}"
+        )
+
+
+def _refuse(unsupported: Mapping[str, Any]) -> None:
+    for name, value in unsupported.items():
+        # what SDPA's arguments are when they are not used changes nothing here either
+        if name == "enable_gqa" or (name in _REMEDIES and (value is None or value == 0)):
+            continue
+        remedy = _REMEDIES.get(name, "leave it out")
+        shown = f"a {type(value).__name__}" if isinstance(value, torch.Tensor) else repr(value)
+        raise UnsupportedError(
+            f"{name}: got {shown}, but HyperAttention has no such argument in a call; {remedy}"
+        )
 
 
 @functools.cache
@@ -342,13 +440,7 @@ def hyper_attention(
         >>> hyper_attention(q, k, v, detector="sliding_window(width=32)", min_seq_len=0).shape
         torch.Size([1, 2, 256, 16])
     """
-    known = [field.name for field in dataclasses.fields(HyperAttention)]
-    for name in options:
-        if name not in known:
-            raise ArgumentTypeError(
-                f"hyper_attention: there is no argument {name}={options[name]!r}; its options are "
-                f"{', '.join(known)}.{did_you_mean(name, known)}"
-            )
+    check_options(options, owner="hyper_attention")
     attention = HyperAttention(**options)
     result: Any = attention(
         query, key, value, is_causal=is_causal, scale=scale, key_padding_mask=key_padding_mask,

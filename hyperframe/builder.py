@@ -8,7 +8,7 @@ which leaves out what the ordered ones hold. The plans have disjoint support: th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from math import gcd
 
 import torch
@@ -17,15 +17,12 @@ from .masks import BandMask, HeavyMask, ListMask, RangeMask
 from .plan import RankRanges, TilePlan
 from .ragged import append_lists, concatenate_lists, spread_heads
 from .rowsums import RowSumRule
-from .samples import KeySample
+from .samples import KeySample, SampleDraw
 
-__all__ = ["POSITION_TILE", "SampleDraw", "build_plans"]
+__all__ = ["POSITION_TILE", "build_plans"]
 
 POSITION_TILE = 64
 """Rows of a tile of a plan laid out by position, where the mask does not say."""
-
-SampleDraw = Callable[["torch.Tensor | None"], KeySample]
-"""Draws the residual: of all keys (None), or of the prefix of each tile (int64 `[tiles]`)."""
 
 
 def build_plans(
@@ -83,7 +80,7 @@ def _range_plan(
     length = (mask.stop - mask.start).clamp(min=0)  # [B, H, T]
     slot = torch.arange(mask.max_keys, device=mask.device)
     rank = (mask.start.unsqueeze(-1) + slot).clamp(max=mask.num_keys - 1)  # [B, H, T, L]
-    index = key_order.gather(-1, rank.flatten(2)).view(rank.shape)
+    index = key_order.int().gather(-1, rank.flatten(2)).view(rank.shape)
     log_weight = None
     key_count = length
     if sample is not None:
@@ -111,20 +108,20 @@ def _position_plan(
     """Plan of everything laid out by position: bands, lists, and the residual."""
     bands = [part for part in parts if isinstance(part, BandMask)]
     lists = [part for part in parts if isinstance(part, ListMask)]
-    # one band can be tested per entry; further bands become lists of single rows
-    lists += [_band_as_list(band) for band in bands[1:]]
-    band = bands[0] if bands else None
+    band = _union_of_bands(bands)
     per_tile_sample = draw is not None and mask.is_causal
     tile_size = _common_tile(lists, mask.num_queries, band is not None or per_tile_sample)
     num_tiles = -(-mask.num_queries // tile_size)
     heads = max([key_heads] + [part.key_index.shape[1] for part in lists])
     shape = (mask.batch_size, heads, num_tiles)
 
-    pieces = [(part.key_index, part.key_count) for part in (p.retile(tile_size) for p in lists)]
+    tiled = [part.retile(tile_size) for part in lists]
+    pieces = [(_int32(part.key_index), part.key_count) for part in tiled]
     if band is not None:
         sinks = min(band.num_sinks, mask.num_keys)
         if sinks:
-            index = torch.arange(sinks, device=mask.device).expand(1, 1, num_tiles, -1)
+            index = torch.arange(sinks, dtype=torch.int32, device=mask.device)
+            index = index.expand(1, 1, num_tiles, -1)
             pieces.insert(0, (index, torch.full((1, 1, 1), sinks, device=mask.device)))
     index, count = concatenate_lists(pieces, shape, mask.device)
     band_count = None
@@ -178,6 +175,18 @@ def _tile_ends(mask: HeavyMask, tile_size: int) -> torch.Tensor:
     return ends.clamp(min=0, max=mask.num_keys)
 
 
+def _union_of_bands(bands: list[BandMask]) -> BandMask | None:
+    """Return the bands of one problem as one: all of them hold the diagonal."""
+    if not bands:
+        return None
+    return replace(
+        bands[0],
+        left=max(band.left for band in bands),
+        right=max(band.right for band in bands),
+        num_sinks=max(band.num_sinks for band in bands),
+    )
+
+
 def _band_lists(
     band: BandMask, tile_size: int, num_tiles: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,19 +199,4 @@ def _band_lists(
     count = (end - begin).clamp(min=0)
     longest = min(band.num_keys, tile_size + band.left + right)
     index = begin.unsqueeze(-1) + torch.arange(longest, device=band.device)
-    return index.clamp(max=max(0, band.num_keys - 1))[None, None], count[None, None]
-
-
-def _band_as_list(band: BandMask) -> ListMask:
-    """Return a band as lists of single rows (for the second and further bands of a union)."""
-    index, count = _band_lists(band, 1, band.num_queries)
-    sinks = torch.arange(min(band.num_sinks, band.num_keys), device=band.device)
-    pieces = [(sinks.expand(1, 1, band.num_queries, -1), torch.full_like(count, len(sinks)))]
-    shape = (band.batch_size, 1, band.num_queries)
-    index, count = concatenate_lists([*pieces, (index, count)], shape, band.device)
-    return ListMask(
-        batch_size=band.batch_size, num_query_heads=band.num_query_heads,
-        num_queries=band.num_queries, num_keys=band.num_keys, is_causal=band.is_causal,
-        query_offset=band.query_offset,
-        key_index=index, key_count=count, tile_size=1,
-    )  # fmt: skip
+    return index.clamp(max=max(0, band.num_keys - 1)).int()[None, None], count[None, None]

@@ -52,6 +52,7 @@ LeafSolver = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], AttentionState
 def attend_recursively(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, longest_leaf: int,
     solve: Solver, solve_leaf: LeafSolver, stacked: bool = True, skipped: int = 0,
+    key_start: int = 0,
 ) -> AttentionState:  # fmt: skip
     """Attend causally, bottom-right aligned.
 
@@ -65,6 +66,7 @@ def attend_recursively(
         stacked: whether equal rectangles may be solved as one batch; False solves each by itself,
             with its position.
         skipped: rows of the whole call that come before `query`.
+        key_start: position of the first key in the whole call.
 
     Returns:
         The state of all rows; rows before every key are empty.
@@ -74,18 +76,20 @@ def attend_recursively(
         # the first rows come before every key
         rest = attend_recursively(
             query[:, :, -offset:], key, value, longest_leaf=longest_leaf, solve=solve,
-            solve_leaf=solve_leaf, stacked=stacked, skipped=-offset,
+            solve_leaf=solve_leaf, stacked=stacked, skipped=skipped - offset,
+            key_start=key_start,
         )  # fmt: skip
         first = empty_state(query[:, :, :-offset], value)
         return _stack_rows([first, rest])
     own_key, own_value = key[:, :, offset:], value[:, :, offset:]
     state = _square(
-        query, own_key, own_value, longest_leaf, solve, solve_leaf, stacked, offset, skipped
-    )
+        query, own_key, own_value, longest_leaf, solve, solve_leaf, stacked,
+        key_start + offset, skipped,
+    )  # fmt: skip
     if offset > 0:
         before = Rectangle(
             query=query, key=key[:, :, :offset], value=value[:, :, :offset], earlier_query=None,
-            query_start=offset, key_start=0, first_row=skipped,
+            query_start=key_start + offset, key_start=key_start, first_row=skipped,
         )  # fmt: skip
         state = merge(state, solve(before))
     return state
@@ -108,17 +112,16 @@ def _square(
                 query_start=offset + size, key_start=offset, first_row=skipped + size,
             )  # fmt: skip
             solved = _unstack(solve(rectangle), batch)
-            pieces += [
-                AttentionState(out=out, lse=lse)
-                for out, lse in zip(solved.out.unbind(2), solved.lse.unbind(2), strict=True)
-            ]
+            pieces.append(
+                AttentionState(out=solved.out.flatten(2, 3), lse=solved.lse.flatten(2, 3))
+            )
         singles = range(0 if not stacked else level.full, level.full + (level.ragged > 0))
+        query_runs, key_runs, value_runs = (x.split(size, dim=2) for x in (query, key, value))
         for number in singles:
-            start = 2 * size * number
-            keys, rows = slice(start, start + size), slice(start + size, start + 2 * size)
+            start, even, odd = 2 * size * number, 2 * number, 2 * number + 1
             part = Rectangle(
-                query=query[:, :, rows], key=key[:, :, keys], value=value[:, :, keys],
-                earlier_query=query[:, :, keys], query_start=offset + start + size,
+                query=query_runs[odd], key=key_runs[even], value=value_runs[even],
+                earlier_query=query_runs[even], query_start=offset + start + size,
                 key_start=offset + start, first_row=skipped + start + size,
             )  # fmt: skip
             pieces.append(solve(part))
@@ -165,12 +168,19 @@ def _stack_rows(states: list[AttentionState]) -> AttentionState:
 def _merge_odd_runs(
     state: AttentionState, pieces: list[AttentionState], level: Level
 ) -> AttentionState:
-    """Merge the rectangles of a level into the rows of the odd runs."""
-    length, size = state.lse.shape[2], level.size
-    parts = []
-    for start in range(0, length, size):
-        rows = slice(start, min(start + size, length))
-        part = AttentionState(out=state.out[:, :, rows], lse=state.lse[:, :, rows])
-        number = start // size
-        parts.append(merge(part, pieces[number // 2]) if number % 2 else part)
-    return _stack_rows(parts)
+    """Merge the rectangles of a level, in their order, into the rows of the odd runs."""
+    # split, not slices: the backward of each slice would fill a tensor of all rows
+    runs = [
+        AttentionState(out=out, lse=lse)
+        for out, lse in zip(
+            state.out.split(level.size, dim=2), state.lse.split(level.size, dim=2), strict=True
+        )
+    ]
+    merged = merge(_stack_rows(runs[1::2]), _stack_rows(pieces))
+    runs[1::2] = [
+        AttentionState(out=out, lse=lse)
+        for out, lse in zip(
+            merged.out.split(level.size, dim=2), merged.lse.split(level.size, dim=2), strict=True
+        )
+    ]
+    return _stack_rows(runs)

@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import numbers
 import re
 from abc import ABC
 from collections.abc import Collection, Iterable
@@ -141,9 +142,12 @@ def _owner_name(owner: object) -> str:
 def _check_int(owner: object, field: str, value: object, least: int, what: str) -> int:
     where = f"{_owner_name(owner)}: {field}={value!r}"
     if isinstance(value, bool) or not isinstance(value, int):
+        # not converted here: a component stays equal to its literal spec only with plain ints
+        foreign = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        remedy = "a plain int is needed, so pass int(value)" if foreign else "pass a plain int"
         raise ArgumentTypeError(
             f"{where} has type {type(value).__name__}, but {field} counts something and must be "
-            f"{what}; pass a plain int."
+            f"{what}; {remedy}."
         )
     if value < least:
         raise ArgumentError(

@@ -84,8 +84,11 @@ def did_you_mean(asked: str, options: Iterable[str]) -> str:
         >>> did_you_mean("zebra", ["sort_lsh", "kmeans"])
         ''
     """
-    # compare without case and underscores, so that "SortLSH" and "bigBird" find their names
-    folded = {option.lower().replace("_", ""): option for option in sorted(options)}
-    key = asked.lower().replace("_", "").replace("-", "")
-    near = difflib.get_close_matches(key, folded, n=1, cutoff=0.6)
+    # letters and digits only, so that "SortLSH", "sort-lsh" and "big bird" find their names
+    folded = {_folded(option): option for option in sorted(options)}
+    near = difflib.get_close_matches(_folded(asked), folded, n=1, cutoff=0.6)
     return f" Did you mean {folded[near[0]]!r}?" if near else ""
+
+
+def _folded(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())

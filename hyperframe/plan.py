@@ -28,6 +28,8 @@ from .errors import ArgumentError
 __all__ = ["RankRanges", "TilePlan"]
 
 _NEG_INF = float("-inf")
+_CHUNK_BYTES = 64 << 20  # of temporaries held at once
+_BYTES_PER_SLOT = 96  # about ten int64 arrays of the lists, and flags
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -236,22 +238,21 @@ class TilePlan:
         batch, heads, tiles, num_slots = torch.broadcast_shapes(
             index.shape, (*key_count.shape, 1), (*heavy_count.shape, 1)
         )
-        index = index.expand(batch, heads, tiles, num_slots)
-        slot = torch.arange(num_slots, device=index.device)
-        # 0: exact for every row, 1: banded, 2: sampled, 3: unused
-        kind = torch.full((batch, heads, tiles, num_slots), 2, device=index.device)
-        kind[(slot < heavy_count.unsqueeze(-1)).expand_as(kind)] = 0
-        if band_count is not None:
-            kind[(slot < band_count.unsqueeze(-1)).expand_as(kind)] = 1
-        kind[(slot >= key_count.unsqueeze(-1)).expand_as(kind)] = 3
-        ordered, order = (index.long() * 4 + kind).sort(dim=-1, stable=True)
-        ordered_kind, ordered_key = ordered % 4, ordered // 4
-        starts = torch.ones_like(ordered_key, dtype=torch.bool)
-        starts[..., 1:] = ordered_key[..., 1:] != ordered_key[..., :-1]
-        run_start = torch.where(starts, slot, 0).cummax(dim=-1).values
-        leader = ordered_kind.gather(-1, run_start)
-        repeated = torch.where(ordered_kind == 2, leader == 0, ~starts & (ordered_kind < 2))
-        drop = torch.zeros_like(repeated).scatter_(-1, order, repeated)
+        lists = (batch, heads, tiles)
+        tensors = [
+            None if count is None else count.expand(lists)
+            for count in (key_count, heavy_count, band_count)
+        ]
+        index = index.expand(*lists, num_slots)
+        drop = torch.empty((*lists, num_slots), dtype=torch.bool, device=index.device)
+        flat_drop = drop.view(batch * heads * tiles, num_slots)
+        step = max(1, _CHUNK_BYTES // max(1, _BYTES_PER_SLOT * num_slots))
+        for start in range(0, len(flat_drop), step):
+            stop = min(start + step, len(flat_drop))
+            tile = torch.arange(start, stop, device=index.device)
+            at = (tile // (heads * tiles), tile // tiles % heads, tile % tiles)
+            counts = (None if count is None else count[at].unsqueeze(-1) for count in tensors)
+            flat_drop[start:stop] = _repeats(index[at], *counts)
         weights = self.log_weight
         if weights is None:
             weights = torch.zeros((), device=index.device).expand_as(self.key_index)
@@ -345,6 +346,29 @@ class TilePlan:
         ).view(batch, heads, tiles, tile_size, self.num_keys)
         keys = index.clamp(0, self.num_keys - 1).expand(-1, -1, -1, tile_size, -1)
         return by_slot.gather(-1, keys)
+
+
+def _repeats(
+    index: torch.Tensor, key_count: torch.Tensor | None, heavy_count: torch.Tensor | None,
+    band_count: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """Return which slots of some lists `[N, L]` repeat a key: bool; counts are `[N, 1]`."""
+    assert key_count is not None
+    assert heavy_count is not None
+    slot = torch.arange(index.shape[-1], device=index.device)
+    # 0: exact for every row, 1: banded, 2: sampled, 3: unused
+    kind = torch.where(slot < heavy_count, 0, 2)
+    if band_count is not None:
+        kind = torch.where(slot < band_count, 1, kind)
+    kind = torch.where(slot < key_count, kind, 3)
+    ordered, order = (index.long() * 4 + kind).sort(dim=-1, stable=True)
+    ordered_kind, ordered_key = ordered % 4, ordered // 4
+    starts = torch.ones_like(ordered_key, dtype=torch.bool)
+    starts[:, 1:] = ordered_key[:, 1:] != ordered_key[:, :-1]
+    run_start = torch.where(starts, slot, 0).cummax(dim=-1).values
+    leader = ordered_kind.gather(-1, run_start)
+    repeated = torch.where(ordered_kind == 2, leader == 0, ~starts & (ordered_kind < 2))
+    return torch.zeros_like(repeated).scatter_(-1, order, repeated)
 
 
 def _store_once(tensor: torch.Tensor) -> torch.Tensor:

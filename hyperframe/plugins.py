@@ -69,14 +69,14 @@ class Plugin:
         group = self.entry_point.group
         try:
             if not is_spec_name(self.name):
-                raise ArgumentError(f"{self.name!r} is not a plain name (ASCII letters, digits, _)")
+                raise ArgumentError(_bad_name(self.name))
             found = self.entry_point.load()
             check_component_class(found, base)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a script without a main guard may exit
             self.reason = f"{type(error).__name__}: {error}"
             raise PluginError(
                 f"the plug-in {self.name!r} of the group {group!r} was asked for, but "
-                f"{self.owner} cannot be loaded: {self.reason}. Repair or uninstall "
+                f"{self.owner} cannot be loaded: {self.reason.rstrip('.')}. Repair or uninstall "
                 f"{self.distribution}; everything else keeps working."
             ) from error
         self.loaded, self.reason = found, ""
@@ -106,7 +106,8 @@ def read_plugins(group: str) -> dict[str, list[Plugin]]:
         group: the entry-point group.
 
     Returns:
-        For each name its owners, sorted by distribution; more than one owner is a clash.
+        For each name its owners, sorted by distribution; more than one owner is a clash. A name
+        that no spec string could hold has its reason at once.
     """
     # a distribution may have been installed since the last reading
     importlib.invalidate_caches()
@@ -118,9 +119,14 @@ def read_plugins(group: str) -> dict[str, list[Plugin]]:
             distribution=_header(entry, "Name") or "an unnamed distribution",
             version=_header(entry, "Version"),
             entry_point=entry,
+            reason="" if is_spec_name(entry.name) else _bad_name(entry.name),
         )
         owners.setdefault(plugin.name, {})[plugin.distribution, plugin.target] = plugin
     return {name: [found[key] for key in sorted(found)] for name, found in sorted(owners.items())}
+
+
+def _bad_name(name: str) -> str:
+    return f"{name!r} is not a plain name (ASCII letters, digits, _; no Python keyword)"
 
 
 def _header(entry: importlib.metadata.EntryPoint, key: str) -> str | None:

@@ -10,6 +10,8 @@ import torch
 
 __all__ = ["append_lists", "concatenate_lists", "keep_in_lists", "spread_heads"]
 
+_CHUNK_BYTES = 64 << 20  # of temporaries held at once
+
 
 def spread_heads(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     """Repeat `[batch, key_heads, ...]` so that there are `heads` heads."""
@@ -29,8 +31,7 @@ def concatenate_lists(
     index, count = _expand_lists(index, count, shape)
     for more_index, more_count in pieces[1:]:
         more_index, more_count = _expand_lists(more_index, more_count, shape)
-        zeros = torch.zeros((), device=device).expand_as(more_index)
-        index, _, count = append_lists(index, count, more_index, zeros, more_count)
+        index, _, count = _append(index, count, more_index, None, more_count)
     return index, count
 
 
@@ -51,25 +52,46 @@ def append_lists(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Write `more` behind the first `count` slots of each list; all tensors `[B, H, T, L]`.
 
-    Returns the lists, their log weights (0 for what was there) and their counts. Done on one tile
-    where nothing varies between tiles.
+    Returns the lists (int32 if either was), their log weights (0 for what was there) and their
+    counts. Done on one tile where nothing varies between tiles.
     """
+    joined, weights, total = _append(index, count, more, weight, more_count)
+    assert weights is not None
+    return joined, weights, total
+
+
+def _append(
+    index: torch.Tensor, count: torch.Tensor, more: torch.Tensor, weight: torch.Tensor | None,
+    more_count: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:  # fmt: skip
     shape = index.shape[:3]
-    tensors = (index, count, more, weight) + (() if more_count is None else (more_count,))
-    if shape[2] > 1 and all(x.stride(2) == 0 for x in tensors):
-        first = [x[:, :, :1] for x in tensors]
-        joined = append_lists(first[0], first[1], first[2], first[3], *first[4:])
-        a, b, c = (x.expand(-1, -1, shape[2], *x.shape[3:]) for x in joined)
-        return a, b, c
+    given = [x for x in (index, count, more, weight, more_count) if x is not None]
+    if shape[2] > 1 and all(x.stride(2) == 0 for x in given):
+        index, count, more = index[:, :, :1], count[:, :, :1], more[:, :, :1]
+        weight = None if weight is None else weight[:, :, :1]
+        more_count = None if more_count is None else more_count[:, :, :1]
+        joined, weights, total = _append(index, count, more, weight, more_count)
+        if weights is not None:
+            weights = weights.expand(-1, -1, shape[2], -1)
+        return joined.expand(-1, -1, shape[2], -1), weights, total.expand(-1, -1, shape[2])
     length, extra = index.shape[-1], more.shape[-1]
+    # both name the same keys: what fits one of them fits the other
+    dtype = torch.int32 if torch.int32 in (index.dtype, more.dtype) else torch.int64
+    joined = torch.zeros((*shape, length + extra), dtype=dtype, device=index.device)
+    joined[..., :length] = index
+    weights = None if weight is None else weight.new_zeros((*shape, length + extra))
     slot = torch.arange(extra, device=index.device)
-    target = (count.unsqueeze(-1) + slot).expand(*shape, extra)
-    joined_index = torch.cat([index.long(), more.new_zeros((*shape, extra)).long()], dim=-1)
-    joined_index.scatter_(-1, target, more.long().expand(*shape, extra))
-    joined_weight = weight.new_zeros((*shape, length + extra))
-    joined_weight.scatter_(-1, target, weight.expand(*shape, extra))
-    added = extra if more_count is None else more_count
-    return joined_index, joined_weight, count + added
+    more, count_before = more.expand(*shape, extra), count.expand(shape).unsqueeze(-1)
+    # the int64 targets are written for some tiles at a time
+    step = max(1, _CHUNK_BYTES // max(1, 16 * shape[0] * shape[1] * extra))
+    for start in range(0, shape[2], step):
+        tiles = slice(start, start + step)
+        target = count_before[:, :, tiles] + slot
+        joined[:, :, tiles].scatter_(-1, target, more[:, :, tiles].to(dtype))
+        if weights is not None and weight is not None:
+            source = weight.expand(*shape, extra)[:, :, tiles]
+            weights[:, :, tiles].scatter_(-1, target, source)
+    return joined, weights, count + (extra if more_count is None else more_count)
 
 
 def keep_in_lists(

@@ -38,7 +38,7 @@ from .errors import (
     did_you_mean,
 )
 from .plugins import Plugin, check_component_class, read_plugins
-from .spec import is_spec_name, parse_spec
+from .spec import ParsedSpec, is_spec_name, parse_spec
 from .spec import to_spec as _to_spec
 
 __all__ = ["Registry", "RegistryEntry"]
@@ -162,7 +162,7 @@ class Registry(Generic[_Base]):
             ArgumentTypeError: neither text nor an instance of this kind.
         """
         if isinstance(spec, str):
-            parsed = parse_spec(spec)
+            parsed = self._parse(spec)
             cls = self.get(parsed.name)
             kwargs = {**parsed.kwargs, **overrides}
             check_parameters(cls, kwargs, complete=True)
@@ -174,9 +174,13 @@ class Registry(Generic[_Base]):
         if isinstance(asked, type):
             hint = f"that is a class, not an instance; write {asked.__name__}(...)"
         elif isinstance(asked, AbstractComponent):
-            hint = f"that is a {getattr(asked, 'kind', 'component of no kind')}"
+            hint = f"that is {_a(getattr(asked, 'kind', 'component of no kind'))}"
         else:
-            hint = f"that is a {type(asked).__name__}"
+            hint = f"that is {_a(type(asked).__name__)}"
+            if isinstance(asked, (tuple, list)) and self._owner("union"):
+                texts = asked and all(isinstance(item, str) for item in asked)
+                pipe = " | ".join(asked) if texts else "a | b"
+                hint += f'; the union of several {self.kind}s is written "{pipe}"'
         raise ArgumentTypeError(
             f"{self.kind}={spec!r} cannot be used: {hint}. Pass a name, a spec string such as "
             f'"name(parameter=value)", or an instance of {base.__name__}.'
@@ -237,7 +241,9 @@ class Registry(Generic[_Base]):
         Args:
             name: the name, an ASCII identifier.
             cls: a concrete component class of this kind; left out in a decorator.
-            replace: True takes the name from whoever has it (`unregister` gives it back).
+            replace: True takes the name from whoever has it (`unregister` gives it back). Not
+                needed where a registered class is defined again (same module and qualified name),
+                as in a notebook cell that is run twice.
 
         Raises:
             ArgumentError: the name is taken (both owners are named) or is not an identifier.
@@ -253,7 +259,10 @@ class Registry(Generic[_Base]):
         check_component_class(cls, self._base_class())
         with self._lock:
             owner = self._owner(name)
-            if owner and not replace and self._registered.get(name) is not cls:
+            former = self._registered.get(name)
+            # by target: a notebook cell that runs again makes a new class of the same place
+            again = former is not None and _target(former) == _target(cls)
+            if owner and not replace and not again:
                 raise ArgumentError(
                     f"name={name!r} cannot be given to {_target(cls)}: it already belongs to "
                     f"{owner}. Choose another name, or pass replace=True to take it over."
@@ -280,6 +289,21 @@ class Registry(Generic[_Base]):
             self._plugins = None
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _parse(self, spec: str) -> ParsedSpec:
+        try:
+            return parse_spec(spec)
+        except SpecError as error:
+            # before the lines that show the place
+            first, newline, rest = str(error).partition("\n")
+            raise SpecError(f"{first}{self._near(spec)}{newline}{rest}") from None
+
+    def _near(self, spec: str) -> str:
+        """The hint for a text with something like a name where a name should be."""
+        known = {*self.names(), *self._aliases}
+        heads = (part.partition("(")[0].strip() for part in spec.split("|"))
+        hints = (did_you_mean(head, known) for head in heads if not is_spec_name(head))
+        return next(filter(None, hints), "")
 
     def _read(self) -> dict[str, list[Plugin]]:
         with self._lock:
@@ -310,16 +334,17 @@ class Registry(Generic[_Base]):
         if not isinstance(component, self._base_class()):
             return component.name  # a nested component of another kind
         # the class's own name first: one class may have several
-        for name in sorted(self._registered, key=lambda name: (name != component.name, name)):
+        own = component.name
+        for name in sorted(self._registered, key=lambda name: (name != own, name)):
             if self._registered[name] is cls:
                 return name
         for name, target in self._builtins.items():
             may_be = name not in self._registered and target.endswith(f":{cls.__name__}")
             if may_be and self._import(target) is cls:
                 return name
-        for name, owners in self._read().items():
+        for name, owners in sorted(self._read().items(), key=lambda item: item[0] != own):
             # by target too: the class may have been imported past the registry
-            alone = len(owners) == 1 and not self._owner(name)
+            alone = len(owners) == 1 and not self._owner(name) and is_spec_name(name)
             if alone and (owners[0].loaded is cls or owners[0].target == _target(cls)):
                 return name
         raise SpecError(
@@ -329,15 +354,19 @@ class Registry(Generic[_Base]):
 
     def _unknown(self, name: str) -> str:
         known = self.names()
-        for other in list(_REGISTRIES):
-            if other.kind != self.kind and other._owner(name):
-                return (
-                    f"{self.kind}={name!r}: there is no {self.kind} of that name, but there is a "
-                    f"{other.kind}; pass it as the {other.kind}. The {self.kind}s are "
-                    f"{', '.join(known)}."
-                )
+        others = {other.kind for other in list(_REGISTRIES) if other._owner(name)} - {self.kind}
+        if others:
+            kinds = sorted(others)
+            return (
+                f"{self.kind}={name!r}: there is no {self.kind} of that name, but there "
+                f"{'is' if len(kinds) == 1 else 'are'} {' and '.join(map(_a, kinds))}; pass it as "
+                f"the {' or the '.join(kinds)}. The {self.kind}s are {', '.join(known)}."
+            )
         if not is_spec_name(name):
-            return f"name={name!r} is not a name; a spec string with parameters goes to create()."
+            return (
+                f"name={name!r} is not a name; a spec string with parameters goes to create()."
+                f"{self._near(name)}"
+            )
         return (
             f"{self.kind}={name!r}: there is no {self.kind} of that name. Those that exist are "
             f"{', '.join(known) or 'none'}.{did_you_mean(name, {*known, *self._aliases})}"
@@ -346,6 +375,10 @@ class Registry(Generic[_Base]):
 
 def _target(cls: type[Any]) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
 
 
 def _own_version() -> str | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["KeySample"]
+__all__ = ["KeySample", "SampleDraw"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,3 +31,7 @@ class KeySample:
     def num_samples(self) -> int:
         """Slots per list, used or not."""
         return self.index.shape[-1]
+
+
+SampleDraw = Callable[["torch.Tensor | None"], KeySample]
+"""Draws the residual: of all keys (None), or of the prefix of each tile (int64 `[tiles]`)."""

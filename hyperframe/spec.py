@@ -3,16 +3,19 @@
 The grammar is the keyword part of a Python call, read with `ast` and never evaluated:
 
     spec   = name | name(parameter=value, ...) | spec "|" spec
-    value  = number | string | True | False | None | inf | (value, ...) | [value, ...] | call | pipe
+    value  = number | string | True | False | None | inf | (item, ...) | [item, ...] | call | pipe
+    item   = value | name
 
-A call or a pipe in the place of a value stands for the string of that spec. The pipe is the union
-of detectors. Lists become tuples, since a component is frozen.
+A call or a pipe in the place of a value, or a bare name in a tuple or list, stands for the string
+of that spec. The pipe is the union of detectors. Lists become tuples, since a component is frozen.
 
     >>> from hyperframe.spec import parse_spec
     >>> parse_spec("sort_lsh(block_size=256)")
     ParsedSpec(name='sort_lsh', kwargs={'block_size': 256})
     >>> str(parse_spec("sliding_window(width=128) | sort_lsh()"))
     "union(detectors=('sliding_window(width=128)', 'sort_lsh'))"
+    >>> parse_spec("union(detectors=(sort_lsh, sliding_window))").kwargs
+    {'detectors': ('sort_lsh', 'sliding_window')}
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ from .errors import ArgumentTypeError, SpecError
 __all__ = ["ParsedSpec", "is_spec_name", "parse_spec", "to_spec"]
 
 _FORM = 'write a name, "name(parameter=value, ...)" or several of them joined by " | "'
+# misspelt literals, which as bare names in a tuple would pass for components
+_ALMOST_LITERALS = frozenset({"true", "false", "none", "null", "nil", "inf", "infinity", "nan"})
 _VALUES = "a value is a number, a string, True, False, None, or a tuple or list of values"
 
 
@@ -150,7 +155,7 @@ class _Parser:
                 raise self.refusal("a sign needs a number", node)
             return -number if isinstance(node.op, ast.USub) else number
         if isinstance(node, (ast.Tuple, ast.List)):
-            return tuple(self.value(item) for item in node.elts)
+            return tuple(self.item(item) for item in node.elts)
         if isinstance(node, ast.Call) or _is_pipe(node):
             return str(self.spec(node))
         if isinstance(node, ast.Name):
@@ -159,6 +164,12 @@ class _Parser:
             why = f"a bare name is no value; quote it ({node.id!r}) if text is meant"
             raise self.refusal(why, node)
         raise self.refusal(_VALUES, node)
+
+    def item(self, node: ast.expr) -> Any:
+        """A value in a tuple or list, where a bare name stands for the spec without parameters."""
+        if isinstance(node, ast.Name) and node.id.lower() not in _ALMOST_LITERALS:
+            return self.name(node)
+        return self.value(node)
 
     def refusal(self, why: str, node: ast.expr | None = None) -> SpecError:
         if node is None:

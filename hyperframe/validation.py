@@ -8,7 +8,7 @@ import torch
 
 from .errors import ArgumentError, ArgumentTypeError
 
-__all__ = ["check_inputs", "check_padding_mask", "check_scale"]
+__all__ = ["check_generator", "check_inputs", "check_padding_mask", "check_scale"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -63,7 +63,7 @@ def check_inputs(
         if tensor.shape[0] != q.shape[0]:
             raise ArgumentError(
                 f"{name}: has batch size {tensor.shape[0]}, but query has {q.shape[0]}; shapes "
-                f"are {tuple(tensor.shape)} and {tuple(q.shape)}"
+                f"are {tuple(tensor.shape)} and {tuple(q.shape)}; expand the smaller one"
             )
     _check_shapes(q, k, v)
     if check_finite:
@@ -91,12 +91,13 @@ def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     for name, tensor in (("query", q), ("key", k), ("value", v)):
         if not 1 <= tensor.shape[-1] <= MAX_HEAD_DIM:
             raise ArgumentError(
-                f"{name}: head dimension {tensor.shape[-1]} is outside 1..{MAX_HEAD_DIM}"
+                f"{name}: head dimension {tensor.shape[-1]} is outside 1..{MAX_HEAD_DIM}; split "
+                "it into more heads"
             )
     if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ArgumentError(
             f"query: its {q.shape[1]} heads are no multiple of the {k.shape[1]} key heads; "
-            "grouped-query attention needs query_heads % key_heads == 0"
+            "grouped-query attention needs query_heads % key_heads == 0; repeat or drop heads"
         )
     for name, tensor, axis, what in (
         ("query", q, 0, "batch items"), ("query", q, 2, "positions"), ("key", k, 2, "positions"),
@@ -122,6 +123,15 @@ def check_scale(scale: object, head_dim: int) -> float:
     return float(scale)
 
 
+def check_generator(generator: object) -> None:
+    """Check that a generator is a `torch.Generator`, or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ArgumentTypeError(
+            f"generator={generator!r}: has type {type(generator).__name__}; pass a "
+            "torch.Generator, for example torch.Generator().manual_seed(0), or None"
+        )
+
+
 def check_padding_mask(mask: object, key: torch.Tensor) -> torch.Tensor:
     """Check a key padding mask, bool `[batch, n_k]`, True for real keys; and return it."""
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
@@ -133,7 +143,8 @@ def check_padding_mask(mask: object, key: torch.Tensor) -> torch.Tensor:
     expected = (key.shape[0], key.shape[2])
     if tuple(mask.shape) != expected:
         raise ArgumentError(
-            f"key_padding_mask: shape {tuple(mask.shape)} does not match [batch, n_k] = {expected}"
+            f"key_padding_mask: shape {tuple(mask.shape)} does not match [batch, n_k] = "
+            f"{expected}; give it one entry for every key"
         )
     if mask.device != key.device:
         raise ArgumentError(

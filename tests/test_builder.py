@@ -238,3 +238,31 @@ def test_all_plans_of_a_union_stand_at_its_offset() -> None:
     total = torch.stack([plan.to_dense() for plan in made]).sum(dim=0)
     assert torch.equal(total.bool(), (runs | window).to_dense())
     assert math.isclose(total.max().item(), 1.0)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_bands_become_one_band(is_causal: bool) -> None:
+    problem = {
+        "batch_size": 1, "num_query_heads": 8, "num_queries": 500, "num_keys": 512,
+        "is_causal": is_causal, "on_device": CPU,
+    }  # fmt: skip
+    bands = [
+        BandMask(left=63, right=2, num_sinks=4, **problem),  # type: ignore[arg-type]
+        BandMask(left=7, right=9, num_sinks=16, **problem),  # type: ignore[arg-type]
+        BandMask(left=0, right=0, **problem),  # type: ignore[arg-type]
+    ]
+    mask = bands[0] | bands[1] | bands[2]
+    (made,) = build_plans(mask, key_heads=8)
+    assert made.band == (63, 9)
+    assert made.tile_size == 64
+    assert made.key_index.shape[-1] <= 64 + 63 + 9 + 16
+    assert stored(made) < 1 << 17
+    assert torch.equal(made.to_dense().bool(), mask.to_dense())
+
+
+def test_plans_hold_int32_lists_whatever_the_masks_hold() -> None:
+    mask = columns(9, 9, is_causal=False) | band(9, 9, is_causal=False)
+    generator = torch.Generator().manual_seed(0)
+    draw = uniform_draw(mask, key_heads=1, num_samples=3, generator=generator)
+    for made in build_plans(mask | ranges(9, 9, is_causal=False), key_heads=1, draw=draw):
+        assert made.key_index.dtype == torch.int32

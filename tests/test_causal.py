@@ -184,3 +184,42 @@ def test_stacked_rectangles_draw_samples_of_their_own() -> None:
     same_size = [x for x in drawn if x.shape[-1] == 8]
     assert len(same_size) == 4
     assert not all(torch.equal(x, same_size[0]) for x in same_size[1:])
+
+
+def graph_names(output: torch.Tensor) -> list[str]:
+    """Names of the autograd nodes behind a tensor."""
+    seen, todo = set(), [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [following for following, _ in node.next_functions]
+    return [node.name() for node in seen]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_the_backward_cuts_no_slice_a_run(stacked: bool) -> None:
+    """The gradient of a slice is a tensor of all rows: one a run would be quadratic work."""
+
+    def slices(length: int) -> int:
+        inputs = [x.requires_grad_() for x in tensors(length, length)]
+        state = attend_recursively(
+            *inputs, longest_leaf=8, solve=exact_rectangle, solve_leaf=exact_leaf, stacked=stacked
+        )
+        names = graph_names(state.out)
+        return sum(name.startswith(("Slice", "Select", "Unbind")) for name in names)
+
+    short, long = slices(251), slices(8 * 251)
+    # a few on each of the three more levels, whatever the number of runs (which is 8 times larger)
+    assert long - short <= 3 * 20
+
+
+def test_the_graph_of_a_stacked_recursion_grows_with_the_levels_not_with_the_runs() -> None:
+    def nodes(length: int) -> int:
+        inputs = [x.requires_grad_() for x in tensors(length, length)]
+        state = attend_recursively(
+            *inputs, longest_leaf=8, solve=exact_rectangle, solve_leaf=exact_leaf
+        )
+        return len(graph_names(state.out))
+
+    assert nodes(8 * 256) <= 2 * nodes(256)

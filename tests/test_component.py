@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
 from hyperframe.component import (
@@ -126,6 +127,15 @@ def test_what_is_no_number_is_refused_with_component_field_value_and_type(
 def test_a_float_is_no_int(check: Any) -> None:
     with pytest.raises(ArgumentTypeError, match=r"width=2\.0 has type float"):
         check("window_lsh", "width", 2.0)
+
+
+@pytest.mark.parametrize("check", INT_CHECKS)
+def test_an_integer_of_another_library_is_refused_with_the_way_to_a_plain_int(check: Any) -> None:
+    with pytest.raises(ArgumentTypeError, match=r"has type int64, .*; .*pass int\(value\)\."):
+        check("window_lsh", "width", np.int64(2))
+    for value in (2.0, True):
+        with pytest.raises(ArgumentTypeError, match=r"; pass a plain int\."):
+            check("window_lsh", "width", value)
 
 
 @pytest.mark.parametrize(

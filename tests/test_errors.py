@@ -48,7 +48,16 @@ def test_every_public_name_is_listed_and_every_listed_name_exists() -> None:
 
 @pytest.mark.parametrize(
     "asked,nearest",
-    [("sort_lhs", "sort_lsh"), ("SortLSH", "sort_lsh"), ("sortlsh", "sort_lsh"), ("KM", None)],
+    [
+        ("sort_lhs", "sort_lsh"),
+        ("SortLSH", "sort_lsh"),
+        ("sortlsh", "sort_lsh"),
+        ("KM", None),
+        ("sort-lsh", "sort_lsh"),
+        ("Sort LSH", "sort_lsh"),
+        ("'union'", "union"),
+        ("--", None),
+    ],
 )
 def test_the_nearest_name_is_proposed_only_when_it_is_near(asked: str, nearest: str | None) -> None:
     hint = did_you_mean(asked, ["sort_lsh", "kmeans_like", "union"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from hyperframe import ragged as ragged_module
 from hyperframe.ragged import append_lists, concatenate_lists, keep_in_lists, spread_heads
 
 
@@ -89,3 +91,25 @@ def test_spreading_gives_each_query_head_its_key_head() -> None:
     tensor = torch.arange(2).view(1, 2, 1)
     assert spread_heads(tensor, 6).flatten().tolist() == [0, 0, 0, 1, 1, 1]
     assert spread_heads(tensor, 2) is tensor
+
+
+@pytest.mark.parametrize("dtypes", [(torch.int32, torch.int64), (torch.int64, torch.int32)])
+def test_lists_stay_int32_where_either_was(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    (index, count), (more, more_count) = ragged((1, 2, 3), 4, 0), ragged((1, 2, 3), 2, 1)
+    more = more.to(dtypes[1])
+    joined, _, _ = append_lists(index.to(dtypes[0]), count, more, torch.zeros(1, 2, 3, 2))
+    assert joined.dtype == torch.int32
+    pieces = [(index.to(dtypes[0]), count), (more, more_count)]
+    whole, _ = concatenate_lists(pieces, (1, 2, 3), torch.device("cpu"))
+    assert whole.dtype == torch.int32
+
+
+def test_lists_appended_in_chunks_of_tiles_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    (index, count), (more, more_count) = ragged((2, 3, 7), 4, 0), ragged((2, 3, 7), 5, 1)
+    weight = torch.randn(2, 3, 7, 5)
+    expected = append_lists(index, count, more, weight, more_count)
+    monkeypatch.setattr(ragged_module, "_CHUNK_BYTES", 1)
+    for found, at_once in zip(
+        append_lists(index, count, more, weight, more_count), expected, strict=True
+    ):
+        assert torch.equal(found, at_once)

@@ -5,6 +5,7 @@ Plug-ins are real ones: each test writes modules and dist-info folders to a fres
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from abc import abstractmethod
@@ -196,6 +197,61 @@ def test_a_name_of_another_kind_gets_a_hint(registry: Registry[AbstractToy]) -> 
     with pytest.raises(UnknownComponentError, match="but there is a sampler; pass it as the"):
         registry.create("stranger")
     assert other.create("stranger") == Stranger()
+    third = Registry("estimator", GROUP, Stranger, {"stranger": HERE + "Stranger"})
+    both = r"there are an estimator and a sampler; pass it as the estimator or the sampler\. "
+    with pytest.raises(UnknownComponentError, match=both):
+        registry.create("stranger")
+    del other
+    gc.collect()
+    with pytest.raises(UnknownComponentError, match="there is an estimator; pass it as the est"):
+        registry.create("stranger")
+    assert third.create("stranger") == Stranger()
+
+
+@pytest.mark.parametrize(
+    "spec,nearest",
+    [
+        ("beta-lsh", "beta_lsh"),
+        ("Beta LSH(rate=0.5)", "beta_lsh"),
+        ("alpha | beta-lsh", "beta_lsh"),
+        ("'alpha'", "alpha"),
+        ("fir-st", "first"),
+        ("zebra-like", None),
+        ("alpha(3)", None),
+    ],
+)
+def test_a_near_miss_that_does_not_parse_is_answered_with_the_nearest_name(
+    registry: Registry[AbstractToy], spec: str, nearest: str | None
+) -> None:
+    with pytest.raises(SpecError) as caught:
+        registry.create(spec)
+    first, shown, _ = str(caught.value).splitlines()
+    assert first.endswith(f". Did you mean {nearest!r}?" if nearest else ".")
+    assert shown == "    " + spec
+    if nearest and "(" not in spec and "|" not in spec:
+        with pytest.raises(UnknownComponentError, match=f"Did you mean '{nearest}'"):
+            registry.get(spec)
+
+
+@pytest.mark.parametrize(
+    "value,pipe",
+    [
+        (("alpha", "beta_lsh(rate=1)"), '"alpha | beta_lsh(rate=1)"'),
+        (["alpha"], '"alpha"'),
+        ((Alpha(), "alpha"), '"a | b"'),
+        ((), '"a | b"'),
+    ],
+)
+def test_several_components_at_once_are_answered_with_the_pipe_where_there_is_a_union(
+    registry: Registry[AbstractToy], value: Any, pipe: str
+) -> None:
+    with pytest.raises(ArgumentTypeError) as caught:
+        registry.create(value)
+    assert " is written " not in str(caught.value)
+    registry.register("union", Alpha)
+    with pytest.raises(ArgumentTypeError) as caught:
+        registry.create(value)
+    assert f"the union of several detectors is written {pipe}. Pass" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +259,7 @@ def test_a_name_of_another_kind_gets_a_hint(registry: Registry[AbstractToy]) -> 
     [
         (Alpha, r"that is a class, not an instance; write Alpha\(\.\.\.\)"),
         (Stranger(), "that is a sampler"),
-        (3, "that is a int"),
+        (3, "that is an int"),
         (None, "that is a NoneType"),
     ],
 )
@@ -238,6 +294,31 @@ def test_register_is_also_a_decorator(registry: Registry[AbstractToy]) -> None:
             return 1
 
     assert registry.create("delta") == Delta()
+
+
+def test_a_class_defined_again_takes_the_place_of_its_former_self(
+    registry: Registry[AbstractToy],
+) -> None:
+    def cell() -> type[AbstractToy]:
+        @registry.register("delta")
+        @dataclass(frozen=True, kw_only=True)
+        class Delta(AbstractToy):
+            def find(self) -> int:
+                return 1
+
+        return Delta
+
+    first, second = cell(), cell()
+    assert first is not second
+    assert registry.get("delta") is second
+    with pytest.raises(ArgumentError, match="registered in this process"):
+        registry.register("delta", Alpha)
+    # the same place alone is not enough: a built-in name is never taken silently
+    namesake: Any = dataclass(frozen=True, kw_only=True)(
+        type("Alpha", (Alpha,), {"__module__": __name__, "__qualname__": "Alpha"})
+    )
+    with pytest.raises(ArgumentError, match="built-in detector"):
+        registry.register("alpha", namesake)
 
 
 def test_a_taken_name_names_both_owners_and_replace_takes_it_until_unregister(
@@ -388,6 +469,7 @@ BROKEN = {
     "the module is absent": ("bad:Bad", None, "ModuleNotFoundError: No module named 'bad'"),
     "the class is absent": ("bad:Bad", "", "AttributeError"),
     "it is no subclass": ("bad:Bad", "class Bad: pass", "Bad is no subclass of AbstractToy"),
+    "the module exits": ("bad:Bad", "raise SystemExit(2)", "SystemExit: 2"),
     "it is no class": ("bad:Bad", "Bad = 3", "3 is no class but has type int"),
 }
 
@@ -406,6 +488,7 @@ def test_a_broken_plugin_raises_only_when_asked_for_and_hides_nothing(
         for part in ("'bad'", "bad-dist 1.5", f"entry point bad = {target}", cause, "uninstall"):
             assert part in str(caught.value)
         assert caught.value.__cause__ is not None
+        assert ".." not in str(caught.value)
     assert registry.names() == ["alpha", "beta_lsh", "good"]
     assert the(registry, "bad").status == "broken"
     assert cause in the(registry, "bad").reason
@@ -428,6 +511,35 @@ def test_listing_with_load_tries_every_plugin_and_never_raises(
         "odd-name": "broken",
     }
     assert "not a plain name" in the(registry, "odd-name").reason
+
+
+def test_a_plugin_name_that_no_spec_can_hold_is_broken_at_once(
+    registry: Registry[AbstractToy], install: Install
+) -> None:
+    install("odd-dist", "odd-name", "odd_module:Odd", CLASS_SOURCE)
+    assert registry.names() == ["alpha", "beta_lsh"]
+    entry = the(registry, "odd-name")
+    assert entry.status == "broken"
+    assert "'odd-name' is not a plain name" in entry.reason
+    assert "odd_module" not in sys.modules
+    with pytest.raises(PluginError, match="'odd-name' is not a plain name"):
+        registry.get("odd-name")
+
+
+def test_a_plugin_is_never_written_under_a_name_that_create_cannot_read(
+    registry: Registry[AbstractToy], install: Install
+) -> None:
+    install("odd-dist", "bad-name", "outside_module:Outside", CLASS_SOURCE)
+    import outside_module
+
+    component = outside_module.Outside(step=2)
+    with pytest.raises(SpecError, match="has no name among the detectors"):
+        registry.to_spec(component)
+    for distribution, name in (("a-dist", "elsewhere"), ("b-dist", "outside")):
+        install(distribution, name, "outside_module:Outside")
+        registry.refresh()
+        assert registry.to_spec(component) == f"{name}(step=2)"  # at last, its own name
+        assert registry.create(registry.to_spec(component)) == component
 
 
 def test_a_repaired_plugin_works_without_a_new_process(

@@ -1,5 +1,6 @@
 """Detectors: which entries of `Q K^T` are heavy."""
 
+from ..lazy import lazy_names
 from ..registry import Registry
 from .base import AbstractDetector
 
@@ -13,18 +14,20 @@ __all__ = [
     "to_spec",
 ]
 
+_BUILTINS = {
+    "block_list": ".detectors.block_list:BlockList",
+    "heavy_columns": ".detectors.heavy_columns:HeavyColumns",
+    "oracle": ".detectors.oracle:Oracle",
+    "sliding_window": ".detectors.sliding_window:SlidingWindow",
+    "sort_lsh": ".detectors.sort_lsh:SortLSH",
+    "union": ".detectors.union:Union",
+}
+
 registry = Registry(
     kind="detector",
     group="hyperframe.detectors",
     base=AbstractDetector,
-    builtins={
-        "block_list": ".detectors.block_list:BlockList",
-        "heavy_columns": ".detectors.heavy_columns:HeavyColumns",
-        "oracle": ".detectors.oracle:Oracle",
-        "sliding_window": ".detectors.sliding_window:SlidingWindow",
-        "sort_lsh": ".detectors.sort_lsh:SortLSH",
-        "union": ".detectors.union:Union",
-    },
+    builtins=_BUILTINS,
     package="hyperframe",
 )
 create = registry.create
@@ -32,3 +35,6 @@ names = registry.names
 register = registry.register
 entries = registry.entries
 to_spec = registry.to_spec
+
+# the classes too, by name: `from hyperframe.detectors import ...`
+__getattr__ = lazy_names(__name__, {path.partition(":")[2]: path for path in _BUILTINS.values()})

@@ -2,17 +2,53 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from ..component import AbstractComponent
-from ..errors import UnsupportedError
-from ..masks import HeavyMask
+from ..errors import ArgumentError, UnsupportedError
+from ..masks import HeavyMask, check_mask_type
+from ..validation import check_generator, check_inputs, check_scale
 
 __all__ = ["AbstractDetector", "default_scale"]
+
+_Find = Callable[..., HeavyMask]
+
+
+def _checked(find: _Find) -> _Find:
+    """Check the arguments of a `find` method, and that its mask answers what was asked."""
+
+    @functools.wraps(find)
+    def checked(
+        self: AbstractDetector, query: torch.Tensor, key: torch.Tensor, **options: Any
+    ) -> HeavyMask:
+        check_inputs(query, key, key)
+        check_scale(options.get("scale"), query.shape[-1])
+        check_generator(options.get("generator"))
+        mask = find(self, query, key, **options)
+        check_mask_type(f"the detector {self.name} returned its mask", mask)
+        is_causal = bool(options.get("is_causal", False))
+        expected = {
+            "batch_size": query.shape[0], "num_query_heads": query.shape[1],
+            "num_queries": query.shape[2], "num_keys": key.shape[2], "is_causal": is_causal,
+        }  # fmt: skip
+        for field, value in expected.items():
+            if getattr(mask, field) != value:
+                raise ArgumentError(
+                    f"the detector {self.name} returned a mask with {field}="
+                    f"{getattr(mask, field)!r}, but it was asked with {field}={value!r}; hand the "
+                    "sizes of query and key, and is_causal, on to the mask"
+                )
+        if mask.device.type == "cpu":  # elsewhere a look at the values would make the call wait
+            mask.validate()
+        return mask
+
+    return checked
 
 
 def default_scale(query: torch.Tensor, scale: float | None) -> float:
@@ -40,12 +76,22 @@ class AbstractDetector(AbstractComponent):
 
     Attributes:
         is_positional: the mask depends on positions and not on the content of queries and keys;
-            such a detector is asked for every rectangle of the causal recursion by itself.
+            such a detector is asked for every rectangle of the causal recursion by itself, and
+            says in `find_within` what it holds where padding was cut out.
         is_row_local: a row's entries depend on no other query, so that `find` is strictly causal
             as it is.
     """
 
     kind: ClassVar[str] = "detector"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Wrap the methods that a subclass defines with checks of what goes in and comes out."""
+        super().__init_subclass__(**kwargs)
+        for name in ("find", "find_strict", "find_rectangle", "find_within"):
+            method = cls.__dict__.get(name)
+            if method is not None and not getattr(method, "__isabstractmethod__", False):
+                setattr(cls, name, _checked(method))
+
     is_positional: ClassVar[bool] = False
     is_row_local: ClassVar[bool] = False
 
@@ -95,6 +141,38 @@ class AbstractDetector(AbstractComponent):
             f"strict_causal=True: the detector {self.name} chooses entries with the help of later "
             "queries and has no strictly causal form; use strict_causal=False, or another detector"
         )
+
+    def find_within(
+        self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
+        is_causal: bool = False, generator: torch.Generator | None = None, strict: bool = False,
+        query_start: int, key_start: int, first_row: int, num_queries: int, num_keys: int,
+    ) -> HeavyMask:  # fmt: skip
+        """Return the heavy entries of what is left of a call when padded keys are cut out.
+
+        Args:
+            query: as in `find`: rows of the call that follow one another.
+            key: as in `find`: keys of the call that follow one another.
+            scale: as in `find`.
+            is_causal: as in `find`.
+            generator: as in `find`.
+            strict: whether later queries may not help to choose; see `find_strict`.
+            query_start: position of the first query; used by positional detectors.
+            key_start: position of the first key.
+            first_row: row of the first query in the whole call.
+            num_queries: rows of the whole call.
+            num_keys: keys of the whole call, padding included.
+
+        Raises:
+            UnsupportedError: the detector is positional and does not say what it holds here.
+        """
+        if self.is_positional and (query.shape[2], key.shape[2]) != (num_queries, num_keys):
+            raise UnsupportedError(
+                f"key_padding_mask: the detector {self.name} goes by positions and has no "
+                "`find_within`, which must say what it holds where padding is cut out; give it "
+                "one, or call without padding"
+            )
+        find = self.find_strict if strict else self.find
+        return find(query, key, scale=scale, is_causal=is_causal, generator=generator)
 
     def find_rectangle(
         self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,

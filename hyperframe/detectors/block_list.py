@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +22,7 @@ class BlockList(AbstractDetector):
     Args:
         blocks: pairs `(query_block, key_block)` held by every head, or triples
             `(head, query_block, key_block)` for single query heads; both may be mixed. Blocks are
-            counted from 0 at the first query and the first key of the call.
+            counted from 0 at the first query and the first key of the call, padding included.
         block_size: positions of a block; the last block of a sequence may be shorter.
 
     Cost: O(pairs x block_size) memory. Deterministic, strictly causal. Use `from_mask` to write
@@ -99,6 +99,20 @@ class BlockList(AbstractDetector):
         self._check_inside(query.shape[1], query.shape[2], key.shape[2])
         return self._mask(query, key, query.shape[2], key.shape[2], is_causal=is_causal)
 
+    def find_within(
+        self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
+        is_causal: bool = False, generator: torch.Generator | None = None, strict: bool = False,
+        query_start: int, key_start: int, first_row: int, num_queries: int, num_keys: int,
+    ) -> HeavyMask:  # fmt: skip
+        """Return the part of the whole call's pattern that lies in these rows and keys.
+
+        Raises:
+            ArgumentError: a block or head lies outside the whole call.
+        """
+        self._check_inside(query.shape[1], num_queries, num_keys)
+        part = self._part(query, key, first_row, key_start)
+        return replace(part, is_causal=is_causal, query_offset=query_start - key_start)
+
     def _check_inside(self, heads: int, num_queries: int, num_keys: int) -> None:
         limits = (heads, -(-num_queries // self.block_size), -(-num_keys // self.block_size))
         for pair in self.blocks:
@@ -157,7 +171,12 @@ class BlockList(AbstractDetector):
         first_row: int = 0, earlier_query: torch.Tensor | None = None, strict: bool = False,
     ) -> HeavyMask:  # fmt: skip
         """Return the part of the pattern that lies in a rectangle of the whole problem."""
-        num_queries, num_keys = query.shape[2], key.shape[2]
         self._check_heads(query.shape[1])
+        return self._part(query, key, first_row, key_start)
+
+    def _part(
+        self, query: torch.Tensor, key: torch.Tensor, first_row: int, key_start: int
+    ) -> ListMask:
+        num_queries, num_keys = query.shape[2], key.shape[2]
         whole = self._mask(query, key, first_row + num_queries, key_start + num_keys)
         return whole.restricted(first_row, num_queries, key_start, num_keys)

@@ -9,12 +9,14 @@ import torch
 from ..component import check_positive_int
 from ..errors import UnsupportedError
 from ..masks import HeavyMask, ListMask
-from ..ragged import concatenate_lists, keep_in_lists
+from ..precision import without_autocast
 from ..randomness import uniform
 from ..rectangles import causal_levels, even_runs, odd_runs
 from .base import AbstractDetector, default_scale
 
 __all__ = ["HeavyColumns", "column_scores"]
+
+_CHUNK_BYTES = 64 << 20  # of the scores of stacked rectangles held at once
 
 
 def column_scores(
@@ -31,13 +33,27 @@ def column_scores(
     Returns:
         Floating point `[batch, query_heads, n_k]`, sums over the rows; in float32 at least.
     """
+    return _scores(query[:, :, rows], key, scale, None)
+
+
+def _scores(
+    voters: torch.Tensor, key: torch.Tensor, scale: float, num_absent: torch.Tensor | None
+) -> torch.Tensor:
+    """Return `column_scores` of all voters; -1 for the first `num_absent` (`[batch]`) keys."""
     batch, key_heads, num_keys, head_dim = key.shape
     dtype = torch.promote_types(key.dtype, torch.float32)
-    chosen = query[:, :, rows].to(dtype) * scale
+    chosen = voters.to(dtype) * scale
     chosen = chosen.reshape(batch, key_heads, -1, head_dim)  # rows of a group side by side
-    logits = chosen @ key.to(dtype).transpose(-1, -2)
-    mass = torch.softmax(logits, dim=-1)
-    return mass.view(batch, query.shape[1], len(rows), num_keys).sum(dim=2)
+    with without_autocast(key):
+        logits = chosen @ key.to(dtype).transpose(-1, -2)
+    if num_absent is None:
+        mass = torch.softmax(logits, dim=-1)
+        return mass.view(batch, voters.shape[1], -1, num_keys).sum(dim=2)
+    is_absent = torch.arange(num_keys, device=key.device) < num_absent.view(-1, 1, 1, 1)
+    # finite: where no key is there, no NaN is born
+    mass = torch.softmax(logits.masked_fill(is_absent, torch.finfo(dtype).min), dim=-1)
+    scores = mass.view(batch, voters.shape[1], -1, num_keys).sum(dim=2)
+    return scores.masked_fill(is_absent.squeeze(2), -1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,14 +134,23 @@ class HeavyColumns(AbstractDetector):
 
     def _best(
         self, voters: torch.Tensor, key: torch.Tensor, scale: float,
-        generator: torch.Generator | None,
+        generator: torch.Generator | None, num_absent: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """Return the best columns, best first: int64 `[batch, query_heads, columns]`."""
+        """Return the best columns, best first: int32 `[batch, query_heads, columns]`."""
+        count = min(self.num_columns, key.shape[2])
         with torch.no_grad():
             rows = _one_in_each_run(voters.shape[2], self.num_queries, voters.device, generator)
-            scores = column_scores(voters, key, rows, scale=scale)
-            count = min(self.num_columns, key.shape[2])
-            return scores.topk(count, dim=-1).indices
+            chosen = voters[:, :, rows]
+            best = []
+            # logits and softmax of every voter, and what topk sorts
+            needed = 4 * (2 * len(rows) + 4) * voters.shape[1] * key.shape[2]
+            step = max(1, _CHUNK_BYTES // needed)
+            for start in range(0, len(key), step):
+                part = slice(start, start + step)
+                absent = None if num_absent is None else num_absent[part]
+                scores = _scores(chosen[part], key[part], scale, absent)
+                best.append(scores.topk(count, dim=-1).indices.int())
+            return best[0] if len(best) == 1 else torch.cat(best)
 
     def _causal(
         self, query: torch.Tensor, key: torch.Tensor, scale: float,
@@ -138,57 +163,73 @@ class HeavyColumns(AbstractDetector):
         tile = torch.arange(num_tiles, device=query.device)
         shape = (batch, heads, num_tiles)
         levels = causal_levels(num_queries, size)
+        # the first rows come before every key where there are more of them: absent keys stand in
+        missing = max(0, -offset)
+        own = key[:, :, max(0, offset) :]
+        own = torch.nn.functional.pad(own, (0, 0, missing, 0)) if missing else own
         # rectangles over a tile: one for each set bit of its number, and the keys before row 0
-        bits = (tile.unsqueeze(-1) >> torch.arange(len(levels) + 1, device=query.device)) & 1
+        bit = torch.arange(len(levels) + 1, device=query.device)
+        bits = (tile.unsqueeze(-1) >> bit) & 1
+        first_key = (tile.unsqueeze(-1) >> (bit + 1)) * (2 * size << bit)
+        num_present = ((size << bit) - (missing - first_key).clamp(min=0)).clamp(min=0)
+        bits = bits * (num_present > 0)
         larger = bits.flip(-1).cumsum(-1).flip(-1)[:, 1:] + (1 if offset > 0 else 0)
         covering = (bits.sum(-1) + (1 if offset > 0 else 0)).clamp(min=1)
+        # one buffer for all; what has no slot goes to an extra last column
+        longest = self.num_columns + size
+        lists = torch.zeros(
+            (batch, heads, num_tiles, longest + 1), dtype=torch.int32, device=query.device
+        )
+        used = torch.zeros_like(tile)
 
         def share(rank: torch.Tensor | int) -> torch.Tensor:
             """Columns of the rectangle before which `rank` larger ones were served."""
             return (self.num_columns - 1 - rank) // covering + 1
 
-        pieces = []
+        def write(index: torch.Tensor, count: torch.Tensor, skipped: torch.Tensor | int) -> None:
+            """Append `count` keys of each tile, after the first `skipped`; lists `[B, H, T, L]`."""
+            nonlocal used
+            slot = torch.arange(index.shape[-1], device=query.device) - skipped
+            is_kept = (slot >= 0) & (slot < count.unsqueeze(-1))
+            target = torch.where(is_kept, used.unsqueeze(-1) + slot, longest)
+            lists.scatter_(-1, target.expand(*shape, -1), index.expand(*shape, -1))
+            used = used + count
+
         if offset > 0:
             if strict:
                 self.find_strict(query, key[:, :, :offset], scale=scale)  # refuses: no voters
             best = self._best(query, key[:, :, :offset], scale, generator)
-            count = share(0).clamp(max=best.shape[-1])
-            pieces.append((best.unsqueeze(2).expand(*shape, -1), count.expand(shape)))
-        own = key[:, :, max(0, offset) :]
-        if offset < 0:
-            # the first rows come before every key; their lists are empty by the causal test
-            own = torch.nn.functional.pad(own, (0, 0, -offset, 0))
-        for bit, level in enumerate(levels):
+            write(best.unsqueeze(2), share(0).clamp(max=best.shape[-1]), 0)
+        for number, level in enumerate(levels):
             voters, keys = (even_runs if strict else odd_runs)(query, level), even_runs(own, level)
+            begin = torch.arange(level.full + 1, device=query.device) * 2 * level.size
+            num_absent = (missing - begin).clamp(min=0) if missing else None
             parts = []
             if level.full:
-                best = self._best(voters, keys, scale, generator)
-                best = best.unflatten(0, (batch, level.full)).transpose(1, 2)
-                parts.append(best)
+                absent = None if num_absent is None else num_absent[:-1].repeat(batch)
+                best = self._best(voters, keys, scale, generator, absent)
+                parts.append(best.unflatten(0, (batch, level.full)).transpose(1, 2))
             if level.ragged:
-                begin = 2 * level.size * level.full
-                middle = begin + level.size
-                voting = query[:, :, begin:middle] if strict else query[:, :, middle:]
-                best = self._best(voting, own[:, :, begin:middle], scale, generator)
+                first = 2 * level.size * level.full
+                middle = first + level.size
+                voting = query[:, :, first:middle] if strict else query[:, :, middle:]
+                absent = None if num_absent is None else num_absent[-1:].repeat(batch)
+                best = self._best(voting, own[:, :, first:middle], scale, generator, absent)
                 parts.append(best.unsqueeze(2))
-            lists = torch.cat(parts, dim=2)  # [B, H, rectangles, columns]
-            rectangle = (tile >> (bit + 1)).clamp(max=lists.shape[2] - 1)
-            start = (tile >> (bit + 1)) * 2 * level.size + offset
-            index = lists[:, :, rectangle] + start.unsqueeze(-1)
-            count = share(larger[:, bit]).clamp(max=lists.shape[-1]) * bits[:, bit]
-            pieces.append((index, count.expand(shape)))
+            columns = torch.cat(parts, dim=2)  # [B, H, rectangles, columns]
+            rectangle = (tile >> (number + 1)).clamp(max=columns.shape[2] - 1)
+            start = (first_key[:, number] + offset).int()
+            count = torch.minimum(share(larger[:, number]), num_present[:, number])
+            count = count.clamp(max=columns.shape[-1]) * bits[:, number]
+            write(columns[:, :, rectangle] + start.unsqueeze(-1), count, 0)
         begin_own = tile * size + offset
-        index = (begin_own.unsqueeze(-1) + torch.arange(size, device=query.device)).expand(
-            *shape, -1
-        )
-        valid_own = (num_keys - begin_own).clamp(max=size)
-        pieces.append((index, valid_own.expand(shape)))
-        index, count = concatenate_lists(pieces, shape, query.device)
-        if offset < 0:
-            index, count = keep_in_lists(index, count, index >= 0)
+        own_keys = begin_own.unsqueeze(-1) + torch.arange(size, device=query.device)
+        skipped = (-begin_own).clamp(0, size)
+        count = (num_keys - begin_own).clamp(max=size) - skipped
+        write(own_keys.int(), count, skipped.unsqueeze(-1))
         return ListMask(
             batch_size=batch, num_query_heads=heads, num_queries=num_queries, num_keys=num_keys,
-            is_causal=True, key_index=index[..., : self.num_columns + size], key_count=count,
+            is_causal=True, key_index=lists[..., :longest], key_count=used.expand(shape),
             tile_size=size,
         )  # fmt: skip
 

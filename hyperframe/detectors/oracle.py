@@ -9,6 +9,7 @@ import torch
 
 from ..component import check_positive_int
 from ..masks import HeavyMask, ListMask
+from ..precision import without_autocast
 from .base import AbstractDetector, default_scale
 
 __all__ = ["Oracle"]
@@ -55,20 +56,26 @@ class Oracle(AbstractDetector):
         key_position = torch.arange(num_keys, device=query.device)
         grouped = query.reshape(batch, key_heads, heads // key_heads, num_queries, -1)
         keys = key.to(dtype).transpose(-1, -2).unsqueeze(2)
-        found = []
+        found = torch.empty(
+            (batch, heads, num_queries, longest), dtype=torch.int32, device=query.device
+        )
         step = max(1, _CHUNK_ENTRIES // max(1, batch * heads * num_keys))
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(query):
             for start in range(0, num_queries, step):
                 rows = slice(start, start + step)
-                logits = sign * (grouped[:, :, :, rows].to(dtype) @ keys).flatten(1, 2)
+                seen = num_keys
                 if is_causal:
-                    hidden = key_position > position[rows, None]
-                    logits = logits.masked_fill(hidden, float("-inf"))
-                found.append(logits.topk(longest, dim=-1).indices)
+                    last = min(start + step, num_queries) + num_keys - num_queries
+                    seen = min(max(last, longest), num_keys)
+                logits = sign * (grouped[:, :, :, rows].to(dtype) @ keys[..., :seen]).flatten(1, 2)
+                if is_causal:
+                    hidden = key_position[:seen] > position[rows, None]
+                    logits = logits.masked_fill_(hidden, float("-inf"))
+                found[:, :, rows] = logits.topk(longest, dim=-1).indices.int()
         count = torch.full((num_queries,), longest, device=query.device)
         if is_causal:
             count = (position + 1).clamp(0, longest)
         return ListMask.entries(
-            torch.cat(found, dim=2), count.expand(batch, heads, -1), num_query_heads=heads,
+            found, count.expand(batch, heads, -1), num_query_heads=heads,
             num_keys=num_keys, is_causal=is_causal,
         )  # fmt: skip

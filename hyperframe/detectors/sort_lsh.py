@@ -8,7 +8,8 @@ import torch
 
 from ..component import check_bool, check_positive_int
 from ..errors import ArgumentError
-from ..masks import HeavyMask, RangeMask, UnionMask
+from ..masks import BandMask, HeavyMask, RangeMask, UnionMask
+from ..precision import without_autocast
 from ..ragged import spread_heads
 from ..randomness import normal
 from .base import AbstractDetector
@@ -49,7 +50,8 @@ def hamming_sorted_codes(x: torch.Tensor, projection: torch.Tensor) -> torch.Ten
     Returns:
         int64 `[..., n]` in `[0, 2^r)`.
     """
-    signs = torch.matmul(x.to(projection.dtype), projection) > 0
+    with without_autocast(x):
+        signs = torch.matmul(x.to(projection.dtype), projection) > 0
     bits = torch.arange(projection.shape[-1], device=x.device)
     return inverse_gray((signs.long() << bits).sum(dim=-1))
 
@@ -64,10 +66,11 @@ class SortLSH(AbstractDetector):
     to their query; see the documentation.)
 
     The blocks of Algorithm 1 are made of ranks among all rows, so they suit problems without a
-    mask: non-causal attention and the rectangles of the causal recursion. Under `is_causal` each
-    row holds the keys of its own bucket in runs of half a block: its own run up to its position,
-    and the one before. Nothing later moves those. (One block of all keys, where `block_size` is no
-    smaller than their number, is the same in every form.) The strict form of a rectangle places
+    mask: non-causal attention and the rectangles of the causal recursion. Under `is_causal` a row
+    holds its own key and the keys of its own bucket in runs of half a block: its own run up to its
+    position, and the one before. Nothing later moves those. Buckets are codes there, neighbouring
+    ones joined until they hold about a block each. (One block of all keys, where `block_size` is
+    no smaller than their number, is the same in every form.) The strict form of a rectangle places
     each query among the sorted keys by its own code instead of by its rank.
 
     Args:
@@ -186,13 +189,26 @@ class SortLSH(AbstractDetector):
             max_groups=blocks, tile_size=_ROW_TILE,
         )  # fmt: skip
 
-    def _bucket_mask(self, query_code: torch.Tensor, key_code: torch.Tensor) -> RangeMask:
+    def _bucket_mask(self, query_code: torch.Tensor, key_code: torch.Tensor) -> HeavyMask:
         """Runs of half a block inside a bucket, in the order of positions (causal)."""
         num_queries, num_keys = query_code.shape[-1], key_code.shape[-1]
         if num_keys <= self.block_size:
             return replace(self._block_mask(query_code, key_code), is_causal=True)
-        run = max(1, self.block_size // 2)
-        runs_before = 1 if self.block_size > 1 else 0
+        # the row's own key, which need not be in its own bucket, counts as one of the block
+        own = BandMask(
+            batch_size=query_code.shape[0], num_query_heads=query_code.shape[1],
+            num_queries=num_queries, num_keys=num_keys, is_causal=True, left=0, right=0,
+            on_device=query_code.device,
+        )  # fmt: skip
+        if self.block_size == 1:
+            return own
+        # fewer, larger buckets: a code without its last bits is a run of neighbouring codes
+        bits = min(self.num_projections, self._num_blocks(num_keys).bit_length() - 1)
+        query_code, key_code = (
+            code >> (self.num_projections - bits) for code in (query_code, key_code)
+        )
+        run = max(1, (self.block_size - 1) // 2)
+        runs_before = 1 if self.block_size > 2 else 0
         order = key_code.sort(dim=-1, stable=True).indices
         # the sort is stable: inside a bucket, keys stand in the order of their positions
         ordered = spread_heads(key_code.gather(-1, order), query_code.shape[1]).contiguous()
@@ -206,11 +222,12 @@ class SortLSH(AbstractDetector):
         current = (seen - 1).div(run, rounding_mode="floor")
         start = bucket_start + (current - runs_before).clamp(min=0) * run
         stop = torch.minimum(bucket_start + (current + 1) * run, bucket_stop)
-        return RangeMask.of_rows(
+        runs = RangeMask.of_rows(
             bucket_start + current.clamp(min=0) * run, start, torch.where(seen > 0, stop, start),
             order, max_keys=(runs_before + 1) * run, tile_size=_ROW_TILE, is_causal=True,
-            max_groups=num_keys // run + (1 << min(self.num_projections, 30)),
+            max_groups=num_keys // run + (1 << bits),
         )  # fmt: skip
+        return runs | own
 
 
 def _count_at_or_before(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -21,7 +21,7 @@ class Union(AbstractDetector):
     Written `"sliding_window(width=128) | heavy_columns"` in a spec string.
 
     Args:
-        detectors: two or more detectors, each an instance, a name or a spec string.
+        detectors: the detectors, each an instance, a name or a spec string.
 
     Cost: the sum of the members' costs, and a merge for every member with an order of its own.
 
@@ -32,10 +32,7 @@ class Union(AbstractDetector):
         True
     """
 
-    detectors: tuple[Any, ...] = ()
-
-    # a union of positional and other detectors must tell the positional ones where they are
-    is_positional: ClassVar[bool] = True
+    detectors: tuple[Any, ...] = ("sliding_window", "heavy_columns")
 
     def __post_init__(self) -> None:
         """Create the members and flatten nested unions."""
@@ -55,6 +52,9 @@ class Union(AbstractDetector):
         if not members:
             raise ArgumentError("union: detectors=() is empty; name at least one detector")
         object.__setattr__(self, "detectors", tuple(members))
+        # positional members must be told where they are; no field, so it takes no part in equality
+        is_positional = any(member.is_positional for member in members)
+        object.__setattr__(self, "is_positional", is_positional)
 
     def find(
         self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
@@ -74,6 +74,18 @@ class Union(AbstractDetector):
         return self._united(
             "find_strict", query, key, scale=scale, is_causal=is_causal, generator=generator,
             earlier_query=earlier_query,
+        )  # fmt: skip
+
+    def find_within(
+        self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
+        is_causal: bool = False, generator: torch.Generator | None = None, strict: bool = False,
+        query_start: int, key_start: int, first_row: int, num_queries: int, num_keys: int,
+    ) -> HeavyMask:  # fmt: skip
+        """Return the union of the members' masks of these rows and keys of the call."""
+        return self._united(
+            "find_within", query, key, scale=scale, is_causal=is_causal, generator=generator,
+            strict=strict, query_start=query_start, key_start=key_start, first_row=first_row,
+            num_queries=num_queries, num_keys=num_keys,
         )  # fmt: skip
 
     def find_rectangle(

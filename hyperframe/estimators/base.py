@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from ..component import AbstractComponent
-from ..masks import HeavyMask
+from ..component import AbstractComponent, check_non_negative_int
+from ..errors import ArgumentError
+from ..masks import HeavyMask, check_mask_type
 from ..rowsums import RowSumRule, RowSums
+from ..validation import check_generator, check_inputs, check_scale
 
 __all__ = ["AbstractEstimator"]
+
+
+def _checked(row_sums: Callable[..., RowSums]) -> Callable[..., RowSums]:
+    """Check the arguments of a `row_sums` method against each other."""
+
+    @functools.wraps(row_sums)
+    def checked(
+        self: AbstractEstimator, query: torch.Tensor, key: torch.Tensor, mask: HeavyMask,
+        **options: Any,
+    ) -> RowSums:  # fmt: skip
+        check_inputs(query, key, key)
+        check_scale(options.get("scale"), query.shape[-1])
+        check_generator(options.get("generator"))
+        check_non_negative_int(self, "num_samples", options.get("num_samples", 256))
+        check_mask_type("mask", mask)
+        expected = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        found = (mask.batch_size, mask.num_query_heads, mask.num_queries, mask.num_keys)
+        if expected != found:
+            raise ArgumentError(
+                f"mask: it is over [batch, query_heads, n_q, n_k] = {found}, but query and key "
+                f"have {expected}; find the mask with the same query and key"
+            )
+        return row_sums(self, query, key, mask, **options)
+
+    return checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +49,18 @@ class AbstractEstimator(AbstractComponent):
     """Base of every estimator: a frozen dataclass with two methods.
 
     `row_sums` is the estimate by itself; `rule` is what the attention of the same mask needs to
-    know so that its normaliser is that estimate, made with the columns it samples anyway.
+    know so that its normaliser is that estimate. By default the estimate replaces the normaliser;
+    an estimator that can be made with the columns which the attention samples anyway says so.
     """
 
     kind: ClassVar[str] = "estimator"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Wrap `row_sums` with checks of its arguments."""
+        super().__init_subclass__(**kwargs)
+        method = cls.__dict__.get("row_sums")
+        if method is not None and not getattr(method, "__isabstractmethod__", False):
+            setattr(cls, "row_sums", _checked(method))  # noqa: B010  (a method is replaced)
 
     @abstractmethod
     def row_sums(
@@ -49,5 +86,8 @@ class AbstractEstimator(AbstractComponent):
         self, query: torch.Tensor, key: torch.Tensor, mask: HeavyMask, *, scale: float,
         num_samples: int, generator: torch.Generator | None = None,
     ) -> RowSumRule:  # fmt: skip
-        """Return how the attention normalises; by default with the plan's own row sums."""
-        return RowSumRule()
+        """Return how the attention normalises; by default with `row_sums`."""
+        sums = self.row_sums(
+            query, key, mask, scale=scale, num_samples=num_samples, generator=generator
+        )
+        return RowSumRule(log_sum=sums.log_sum)

@@ -9,7 +9,7 @@ import torch
 from ..detectors.base import default_scale
 from ..kernels import exact_attention
 from ..masks import HeavyMask
-from ..rowsums import RowSumRule, RowSums
+from ..rowsums import RowSums
 from .base import AbstractEstimator
 
 __all__ = ["Exact"]
@@ -35,10 +35,3 @@ class Exact(AbstractEstimator):
             query, key, key, scale=default_scale(query, scale), is_causal=mask.is_causal
         )
         return RowSums(log_sum=state.lse)
-
-    def rule(
-        self, query: torch.Tensor, key: torch.Tensor, mask: HeavyMask, *, scale: float,
-        num_samples: int, generator: torch.Generator | None = None,
-    ) -> RowSumRule:  # fmt: skip
-        """Return the rule that replaces the normaliser by the exact one."""
-        return RowSumRule(log_sum=self.row_sums(query, key, mask, scale=scale).log_sum)

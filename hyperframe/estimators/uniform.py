@@ -10,9 +10,8 @@ from ..builder import build_plans
 from ..detectors.base import default_scale
 from ..kernels import attend
 from ..masks import HeavyMask
-from ..rowsums import RowSums
+from ..rowsums import RowSumRule, RowSums
 from ..samplers.uniform import Uniform as UniformSampler
-from ..samples import KeySample
 from ..state import AttentionState, merge
 from .base import AbstractEstimator
 
@@ -45,17 +44,16 @@ class Uniform(AbstractEstimator):
         sampler = UniformSampler()
         value = key.new_zeros((*key.shape[:3], 1))
 
-        def draw(prefixes: torch.Tensor | None) -> KeySample:
-            if prefixes is None:
-                return sampler.sample(
-                    query, key, value, num_samples=num_samples, generator=generator
-                )
-            return sampler.sample_prefixes(
-                query, key, value, num_samples=num_samples, prefixes=prefixes, generator=generator
-            )
-
-        plans = build_plans(mask, key_heads=key.shape[1], draw=draw if num_samples > 0 else None)
+        draw = sampler.draws(query, key, value, num_samples=num_samples, generator=generator)
+        plans = build_plans(mask, key_heads=key.shape[1], draw=draw)
         states: list[AttentionState] = [
             attend(query, key, value, plan, scale=default_scale(query, scale)) for plan in plans
         ]
         return RowSums(log_sum=merge(*states).lse)
+
+    def rule(
+        self, query: torch.Tensor, key: torch.Tensor, mask: HeavyMask, *, scale: float,
+        num_samples: int, generator: torch.Generator | None = None,
+    ) -> RowSumRule:  # fmt: skip
+        """Return the empty rule: the columns that the attention samples make this estimate."""
+        return RowSumRule()

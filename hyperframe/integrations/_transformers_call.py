@@ -117,10 +117,12 @@ def hyperframe_attention(
     n_q, n_k = query.shape[2], key.shape[2]
     _refuse_patterns(layer, approximate, attention_mask, kwargs.get("sliding_window"), n_k)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, start: int) -> Tensor:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, start: int, row: int
+    ) -> Tensor:
         if route is None or not approximate or q.shape[2] == 1:
             return exact_attention(q, k, v, is_causal=causal, scale=scaling, key_padding_mask=real)
-        generator = _generator(module, route, query.device, n_k, start)
+        generator = _generator(module, route, query.device, n_k, start, row)
         return route.settings.attention(
             q,
             k,
@@ -237,7 +239,7 @@ def _by_rows(
 ) -> Tensor:
     """Attention of the whole batch, with packed rows cut into their sequences."""
     if groups is None:
-        return attend(query, key, value, real, 0)
+        return attend(query, key, value, real, 0, 0)
     whole = query.new_zeros(*query.shape[:3], value.shape[-1])
     for rows, pieces in groups:
         index = torch.tensor(rows, device=query.device)
@@ -250,6 +252,7 @@ def _by_rows(
                 v[:, :, start:stop],
                 None if mask is None else mask[:, start:stop],
                 start,
+                rows[0],
             )
             for start, stop in pieces
         ]
@@ -258,9 +261,11 @@ def _by_rows(
 
 
 def _generator(
-    module: nn.Module, route: Route, device: torch.device, n_k: int, start: int
+    module: nn.Module, route: Route, device: torch.device, n_k: int, start: int, row: int
 ) -> torch.Generator:
     """The random numbers of one call: its own for each layer, chunk and packed sequence.
+
+    `row` is the first row of a group of rows that are packed alike, 0 where nothing is packed.
 
     In eval mode they depend on the seed of the attention alone. In training, or with seed None,
     fresh entropy comes from torch's global CPU generator, which `torch.utils.checkpoint` restores
@@ -272,7 +277,8 @@ def _generator(
     # gradients and has to draw the same number there
     if module.training or seed is None:
         entropy = int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu"))
-    mixed = fold_in(seed or 0, entropy, route.layer_idx, n_k, start)
+    place = (start, row) if row else (start,)
+    mixed = fold_in(seed or 0, entropy, route.layer_idx, n_k, *place)
     return torch.Generator(device=device).manual_seed(mixed)
 
 

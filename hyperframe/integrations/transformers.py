@@ -228,8 +228,9 @@ def _attention(
     attention: Callable[..., Tensor] | None, attention_args: dict[str, Any]
 ) -> Callable[..., Tensor]:
     if attention is None:
-        from ..attention import HyperAttention
+        from ..attention import HyperAttention, check_options
 
+        check_options(attention_args, owner="apply")
         built: Callable[..., Tensor] = HyperAttention(**attention_args)
         return built
     if attention_args:

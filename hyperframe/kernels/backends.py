@@ -39,7 +39,8 @@ def resolve_backend(name: str, device: torch.device) -> str:
         BackendUnavailableError: the name is known but cannot run here.
     """
     if name == "auto":
-        _log_choice("torch", device.type)
+        if not torch.compiler.is_compiling():  # a log record would break the graph
+            _log_choice("torch", device.type)
         return "torch"
     if name not in BACKENDS:
         raise ArgumentError(f"backend: {name!r} is unknown; choose one of {', '.join(BACKENDS)}")

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from ..errors import UnsupportedError
 from ..plan import TilePlan
+from ..precision import without_autocast
 from ..state import AttentionState, merge
 from . import torch_backend
 
@@ -35,6 +37,13 @@ def exact_output(
     Returns:
         `[batch, query_heads, n_q, d_v]`; rows without keys are 0.
     """
+    with without_autocast(query):
+        return _exact_output(query, key, value, scale, is_causal)
+
+
+def _exact_output(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, is_causal: bool
+) -> torch.Tensor:
     query, scale = _with_positive_scale(query, scale)
     num_queries, num_keys = query.shape[2], key.shape[2]
     grouped = query.shape[1] != key.shape[1]
@@ -128,10 +137,11 @@ class _FlashCPU(torch.autograd.Function):
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, is_causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         group = query.shape[1] // key.shape[1]
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1),
-            0.0, is_causal, scale=scale,
-        )  # fmt: skip
+        with without_autocast(query):
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1),
+                0.0, is_causal, scale=scale,
+            )  # fmt: skip
         return out, lse
 
     @staticmethod
@@ -142,22 +152,55 @@ class _FlashCPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         query, key, value, out, lse = ctx.saved_tensors
-        grad_out, grad_lse = grads
-        batch, key_heads, num_keys, head_dim = key.shape
-        group = query.shape[1] // key_heads
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        # the kernel wants equal head sizes: eight more columns everywhere, the first in use
-        pad = (0, 8)
-        ones = grad_out.new_ones((*grad_out.shape[:-1], 1))
-        grad_out = torch.cat([grad_out, ones], dim=-1)
-        out = torch.cat([out, -grad_lse.unsqueeze(-1).to(out.dtype)], dim=-1)
-        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        grad_q, grad_k, grad_v = backward(
-            F.pad(grad_out, (0, 7)), F.pad(query, pad), F.pad(key, pad), F.pad(value, pad),
-            F.pad(out, (0, 7)), lse, 0.0, ctx.is_causal, scale=ctx.scale,
-        )  # fmt: skip
-        grad_k, grad_v = (
-            grad[..., :head_dim].reshape(batch, key_heads, group, num_keys, head_dim).sum(2)
-            for grad in (grad_k, grad_v)
+        with torch.no_grad(), without_autocast(query):
+            first = _flash_backward(query, key, value, out, lse, *grads, ctx.scale, ctx.is_causal)
+        if torch.is_grad_enabled():
+            # create_graph=True: the gradients themselves can be had, but not theirs
+            first = _OnceDifferentiable.apply(*first, query, key, value, *grads)  # type: ignore[no-untyped-call]
+        return (*first, None, None)
+
+
+def _flash_backward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor,
+    lse: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor, scale: float,
+    is_causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    batch, key_heads, num_keys, head_dim = key.shape
+    group = query.shape[1] // key_heads
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    # the kernel wants equal head sizes: eight more columns everywhere, the first in use
+    pad = (0, 8)
+    ones = grad_out.new_ones((*grad_out.shape[:-1], 1))
+    grad_out = torch.cat([grad_out, ones], dim=-1)
+    out = torch.cat([out, -grad_lse.unsqueeze(-1).to(out.dtype)], dim=-1)
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    grad_q, grad_k, grad_v = backward(
+        F.pad(grad_out, (0, 7)), F.pad(query, pad), F.pad(key, pad), F.pad(value, pad),
+        F.pad(out, (0, 7)), lse, 0.0, is_causal, scale=scale,
+    )  # fmt: skip
+    grad_k, grad_v = (
+        grad[..., :head_dim].reshape(batch, key_heads, group, num_keys, head_dim).sum(2)
+        for grad in (grad_k, grad_v)
+    )
+    return grad_q[..., :head_dim], grad_k, grad_v
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The first three arguments, as functions of the others that have no gradient."""
+
+    @staticmethod
+    def forward(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.clone() for tensor in tensors[:3])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        """Nothing is saved."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise UnsupportedError(
+            "double backward: a gradient of a gradient was asked for, and PyTorch's CPU flash "
+            "kernel, which computes exact attention here, has none; approximate plans of the "
+            "torch backend have (min_seq_len=0 with causal='single_pass'), as does "
+            "scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH)"
         )
-        return grad_q[..., :head_dim], grad_k, grad_v, None, None

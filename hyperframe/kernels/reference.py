@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..plan import TilePlan
+from ..precision import without_autocast
 from ..state import AttentionState
 
 __all__ = ["attend"]
@@ -30,6 +31,13 @@ def attend(
         `out` in the dtype of `query` (computed in float64), `lse` in float32, or float64 for
         float64 input.
     """
+    with without_autocast(query):
+        return _attend(query, key, value, plan, scale)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: TilePlan, scale: float
+) -> AttentionState:
     if plan.summary_key is not None and plan.summary_value is not None:
         key = torch.cat([key, plan.summary_key.to(key.dtype)], dim=2)
         value = torch.cat([value, plan.summary_value.to(value.dtype)], dim=2)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..plan import RankRanges, TilePlan
+from ..precision import without_autocast
 from ..state import AttentionState
 
 __all__ = ["CHUNK_BYTES", "attend", "visible_keys"]
@@ -247,24 +248,8 @@ class _Attend(torch.autograd.Function):
     def forward(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: _Layout, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype = _compute_dtype(query)
-        flat_q = query.reshape(-1, query.shape[-1])
-        flat_k = key.reshape(-1, key.shape[-1])
-        flat_v = value.reshape(-1, value.shape[-1])
-        # the extra last row takes what empty slots write
-        out = flat_q.new_zeros(layout.num_rows + 1, value.shape[-1])
-        lse = torch.full((layout.num_rows + 1,), _NEG_INF, dtype=dtype, device=query.device)
-        if layout.index.shape[-1] > 0:
-            width = max(key.shape[-1], value.shape[-1])
-            for chunk in layout.chunks(key_heads=key.shape[1], width=width):
-                terms = _Terms.of(chunk, flat_q, flat_k, scale, dtype)
-                v = flat_v[terms.keys].to(dtype)  # [N, L, d_v]
-                sums = _RowSums.of(terms, chunk.per_row(layout.plan.log_floor))
-                row_out = torch.bmm(sums.value_weights, v) * sums.value_factor
-                out[chunk.rows] = row_out.to(out.dtype)
-                lse[chunk.rows] = sums.lse.squeeze(-1)
-        rows = query.shape[:-1]
-        return out[:-1].view(*rows, value.shape[-1]), lse[:-1].view(rows)
+        with without_autocast(query):
+            return _forward(query, key, value, layout, scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -274,52 +259,82 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         query, key, value = ctx.saved_tensors
-        grad_out, grad_lse = grads
-        layout, scale, dtype = ctx.layout, ctx.scale, _compute_dtype(query)
-        plan = layout.plan
-        flat_q = query.reshape(-1, query.shape[-1])
-        flat_k = key.reshape(-1, key.shape[-1])
-        flat_v = value.reshape(-1, value.shape[-1])
-        flat_grad = grad_out.reshape(-1, grad_out.shape[-1])
-        grad_q = torch.zeros(flat_q.shape[0] + 1, flat_q.shape[1], dtype=dtype, device=query.device)
-        grad_k = torch.zeros_like(flat_k, dtype=dtype)
-        grad_v = torch.zeros_like(flat_v, dtype=dtype)
-        if layout.index.shape[-1] == 0:
-            grad_q = grad_q[:-1]
-            return grad_q.view_as(query).to(query.dtype), *_back(grad_k, key, grad_v, value)
+        with without_autocast(query):
+            return _backward(query, key, value, *grads, ctx.layout, ctx.scale)
+
+
+def _forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: _Layout, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = _compute_dtype(query)
+    flat_q = query.reshape(-1, query.shape[-1])
+    flat_k = key.reshape(-1, key.shape[-1])
+    flat_v = value.reshape(-1, value.shape[-1])
+    # the extra last row takes what empty slots write
+    out = flat_q.new_zeros(layout.num_rows + 1, value.shape[-1])
+    lse = torch.full((layout.num_rows + 1,), _NEG_INF, dtype=dtype, device=query.device)
+    if layout.index.shape[-1] > 0:
         width = max(key.shape[-1], value.shape[-1])
         for chunk in layout.chunks(key_heads=key.shape[1], width=width):
             terms = _Terms.of(chunk, flat_q, flat_k, scale, dtype)
-            v = flat_v[terms.keys].to(dtype)
-            row = chunk.rows.clamp(max=layout.num_rows - 1)
-            is_empty_slot = (chunk.row < 0).unsqueeze(-1)
-            do = flat_grad[row].to(dtype).masked_fill(is_empty_slot, 0)
-            sums = _RowSums.of(terms, chunk.per_row(plan.log_floor))
-            by_value = sums.value_weights * sums.value_factor
-            by_sum = by_value
-            if sums.value_weights is not sums.weights:
-                by_sum = sums.weights / sums.row_sum
-            grad_v.index_add_(
-                0, terms.keys.flatten(), torch.bmm(by_value.transpose(1, 2), do).flatten(0, 1)
-            )
-            if terms.is_capped is not None:
-                by_sum = by_sum.masked_fill(terms.is_capped, 0)
-            if sums.is_floored is not None:
-                by_sum = by_sum.masked_fill(sums.is_floored & ~terms.is_heavy, 0)
-            grad_logits = by_value * torch.bmm(do, v.transpose(1, 2))
-            # the derivative of log D_i collects dlse and minus dO . O (the normalisation), taken
-            # from the terms themselves: O is rounded to the dtype of the inputs
-            along_sum = grad_lse.reshape(-1)[row].unsqueeze(-1).to(dtype)
-            along_sum = along_sum.masked_fill(is_empty_slot, 0)
-            along_sum = along_sum - grad_logits.sum(dim=-1, keepdim=True)
-            grad_logits += by_sum * along_sum
-            grad_q[chunk.rows] = scale * torch.bmm(grad_logits, terms.k)
-            grad_k.index_add_(
-                0,
-                terms.keys.flatten(),
-                scale * torch.bmm(grad_logits.transpose(1, 2), terms.q).flatten(0, 1),
-            )
-        return grad_q[:-1].view_as(query).to(query.dtype), *_back(grad_k, key, grad_v, value)
+            v = flat_v[terms.keys].to(dtype)  # [N, L, d_v]
+            sums = _RowSums.of(terms, chunk.per_row(layout.plan.log_floor))
+            row_out = torch.bmm(sums.value_weights, v) * sums.value_factor
+            out[chunk.rows] = row_out.to(out.dtype)
+            lse[chunk.rows] = sums.lse.squeeze(-1)
+    rows = query.shape[:-1]
+    return out[:-1].view(*rows, value.shape[-1]), lse[:-1].view(rows)
+
+
+def _backward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grad_out: torch.Tensor,
+    grad_lse: torch.Tensor, layout: _Layout, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:  # fmt: skip
+    dtype = _compute_dtype(query)
+    plan = layout.plan
+    flat_q = query.reshape(-1, query.shape[-1])
+    flat_k = key.reshape(-1, key.shape[-1])
+    flat_v = value.reshape(-1, value.shape[-1])
+    flat_grad = grad_out.reshape(-1, grad_out.shape[-1])
+    grad_q = torch.zeros(flat_q.shape[0] + 1, flat_q.shape[1], dtype=dtype, device=query.device)
+    grad_k = torch.zeros_like(flat_k, dtype=dtype)
+    grad_v = torch.zeros_like(flat_v, dtype=dtype)
+    if layout.index.shape[-1] == 0:
+        grad_q = grad_q[:-1]
+        return grad_q.view_as(query).to(query.dtype), *_back(grad_k, key, grad_v, value)
+    width = max(key.shape[-1], value.shape[-1])
+    for chunk in layout.chunks(key_heads=key.shape[1], width=width):
+        terms = _Terms.of(chunk, flat_q, flat_k, scale, dtype)
+        v = flat_v[terms.keys].to(dtype)
+        row = chunk.rows.clamp(max=layout.num_rows - 1)
+        is_empty_slot = (chunk.row < 0).unsqueeze(-1)
+        do = flat_grad[row].to(dtype).masked_fill(is_empty_slot, 0)
+        sums = _RowSums.of(terms, chunk.per_row(plan.log_floor))
+        by_value = sums.value_weights * sums.value_factor
+        by_sum = by_value
+        if sums.value_weights is not sums.weights:
+            by_sum = sums.weights / sums.row_sum
+        grad_v.index_add_(
+            0, terms.keys.flatten(), torch.bmm(by_value.transpose(1, 2), do).flatten(0, 1)
+        )
+        if terms.is_capped is not None:
+            by_sum = by_sum.masked_fill(terms.is_capped, 0)
+        if sums.is_floored is not None:
+            by_sum = by_sum.masked_fill(sums.is_floored & ~terms.is_heavy, 0)
+        grad_logits = by_value * torch.bmm(do, v.transpose(1, 2))
+        # the derivative of log D_i collects dlse and minus dO . O (the normalisation), taken
+        # from the terms themselves: O is rounded to the dtype of the inputs
+        along_sum = grad_lse.reshape(-1)[row].unsqueeze(-1).to(dtype)
+        along_sum = along_sum.masked_fill(is_empty_slot, 0)
+        along_sum = along_sum - grad_logits.sum(dim=-1, keepdim=True)
+        grad_logits += by_sum * along_sum
+        grad_q[chunk.rows] = scale * torch.bmm(grad_logits, terms.k)
+        grad_k.index_add_(
+            0,
+            terms.keys.flatten(),
+            scale * torch.bmm(grad_logits.transpose(1, 2), terms.q).flatten(0, 1),
+        )
+    return grad_q[:-1].view_as(query).to(query.dtype), *_back(grad_k, key, grad_v, value)
 
 
 def _back(

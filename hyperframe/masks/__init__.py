@@ -15,9 +15,9 @@ when `n_q != n_k`.
 """
 
 from .band import BandMask
-from .base import HeavyMask
+from .base import HeavyMask, check_mask_type
 from .list import ListMask
 from .range import RangeMask
 from .union import UnionMask
 
-__all__ = ["BandMask", "HeavyMask", "ListMask", "RangeMask", "UnionMask"]
+__all__ = ["BandMask", "HeavyMask", "ListMask", "RangeMask", "UnionMask", "check_mask_type"]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import ArgumentError
 from .base import HeavyMask
 
 __all__ = ["BandMask"]
@@ -16,8 +17,8 @@ class BandMask(HeavyMask):
     """Keys at most `left` before and `right` after the query, and the first `num_sinks` keys.
 
     Args:
-        left: keys before the query's own position.
-        right: keys after it.
+        left: keys before the query's own position; at least 0.
+        right: keys after it; at least 0.
         num_sinks: leading keys that every row holds.
         on_device: device of the problem (the mask itself stores no tensor).
     """
@@ -26,6 +27,12 @@ class BandMask(HeavyMask):
     right: int
     num_sinks: int = 0
     on_device: torch.device
+
+    def __post_init__(self) -> None:
+        """Refuse bands without the query's own position: unions of bands would not be bands."""
+        for name, size in (("left", self.left), ("right", self.right)):
+            if size < 0:
+                raise ArgumentError(f"{name}: {size} keys is negative; pass 0 or more")
 
     @property
     def device(self) -> torch.device:

@@ -9,7 +9,9 @@ from typing import TypedDict
 
 import torch
 
-__all__ = ["HeavyMask", "Problem", "problem_of"]
+from ..errors import ArgumentTypeError
+
+__all__ = ["HeavyMask", "Problem", "check_mask_type", "problem_of"]
 
 _NNZ_CHUNK_ENTRIES = 1 << 24  # bools held at once while entries are counted
 
@@ -82,10 +84,13 @@ class HeavyMask(ABC):
         """Yield the masks whose union this is: itself, unless it is a `UnionMask`."""
         yield self
 
+    def validate(self) -> HeavyMask:
+        """Check the values of the mask's tensors and return it; may read the device."""
+        return self
+
     def __or__(self, other: HeavyMask) -> HeavyMask:
         """Return the union of two masks over the same problem."""
-        if not isinstance(other, HeavyMask):
-            return NotImplemented
+        check_mask_type("mask", other)
         from .union import UnionMask  # a union is made of masks: the import is circular
 
         return UnionMask.of(self, other)
@@ -102,6 +107,15 @@ class HeavyMask(ABC):
     @property
     def _has_positions(self) -> bool:
         return self.is_causal
+
+
+def check_mask_type(name: str, mask: object) -> None:
+    """Refuse what is no mask, with the way to make one."""
+    if not isinstance(mask, HeavyMask):
+        raise ArgumentTypeError(
+            f"{name}: expected a HeavyMask, got {type(mask).__name__}; make one with "
+            "ListMask.from_dense(dense), ListMask.columns(index, ...) or ListMask.entries(...)"
+        )
 
 
 class Problem(TypedDict):

@@ -81,6 +81,39 @@ class ListMask(HeavyMask):
             is_causal=is_causal,
         )  # fmt: skip
 
+    def validate(self) -> ListMask:
+        """Check that counts and used key indices are in range, and return the mask.
+
+        Raises:
+            ArgumentTypeError: tensors that are not integer.
+            ArgumentError: an index or count out of range; names the value.
+        """
+        for name, tensor in (("key_index", self.key_index), ("key_count", self.key_count)):
+            if tensor.dtype not in (torch.int32, torch.int64):
+                raise ArgumentTypeError(
+                    f"mask: {name} has dtype {tensor.dtype}; use int32 or int64, for example "
+                    f"{name}.long()"
+                )
+        # expanded dimensions are stored, and looked at, once
+        index, count = (
+            tensor[tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())]
+            for tensor in (self.key_index, self.key_count)
+        )
+        slots = torch.arange(index.shape[-1], device=index.device)
+        is_used = slots < count.unsqueeze(-1)
+        outside = is_used & ((index < 0) | (index >= self.num_keys))
+        if bool(outside.any()):
+            wrong = int(index.expand(outside.shape)[outside][0])
+            raise ArgumentError(
+                f"mask: key_index holds {wrong}, outside 0..{self.num_keys - 1} ({self.num_keys} "
+                "keys); clamp it, or leave it out and lower key_count"
+            )
+        if bool(((count < 0) | (count > index.shape[-1])).any()):
+            raise ArgumentError(
+                f"mask: key_count is outside 0..{index.shape[-1]}, the length of its lists"
+            )
+        return self
+
     def retile(self, tile_size: int) -> ListMask:
         """Return the same mask over smaller tiles; `tile_size` must divide the present one.
 

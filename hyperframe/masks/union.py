@@ -44,6 +44,12 @@ class UnionMask(HeavyMask):
         """Where the members' tensors live."""
         return self.members[0].device
 
+    def validate(self) -> UnionMask:
+        """Check the members."""
+        for member in self.members:
+            member.validate()
+        return self
+
     def parts(self) -> Iterator[HeavyMask]:
         """Yield the members."""
         yield from self.members

@@ -11,9 +11,12 @@ import torch
 from ..component import AbstractComponent, check_non_negative_int
 from ..errors import ArgumentError
 from ..randomness import uniform
-from ..samples import KeySample
+from ..samples import KeySample, SampleDraw
+from ..validation import check_generator, check_inputs
 
 __all__ = ["AbstractSampler"]
+
+_SMALLEST_SHARE = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +24,17 @@ class AbstractSampler(AbstractComponent):
     """Base of every sampler: a frozen dataclass with one method, `density`.
 
     Draws are independent, by inversion of the cumulative density, and weighted by
-    `-log(m p_j)`: an unbiased estimator of any column sum as long as no density is 0.
+    `-log(m p_j)`. So that every column can be drawn and no weight is far above `100 n / m`,
+    densities below one hundredth of their mean count as that much; draws from a prefix mix in one
+    hundredth of the uniform density instead. The estimator of any column sum is then unbiased.
+
+    Attributes:
+        uses_queries: the density looks at queries; refused under `strict_causal=True`, where
+            later queries must not move the draws of earlier rows.
     """
 
     kind: ClassVar[str] = "sampler"
+    uses_queries: ClassVar[bool] = False
 
     @abstractmethod
     def density(
@@ -38,8 +48,8 @@ class AbstractSampler(AbstractComponent):
             value: `[batch, key_heads, n_k, d_v]`.
 
         Returns:
-            Positive, floating point `[batch, key_heads, n_k]`, or None for the uniform density.
-            Under a causal mask entry `j` must not depend on later keys or values.
+            Not negative, finite, floating point `[batch, key_heads, n_k]`, or None for the
+            uniform density. Entry `j` must not depend on keys or values after `j`.
         """
 
     def sample(
@@ -59,6 +69,8 @@ class AbstractSampler(AbstractComponent):
             `index` int64 and `log_weight` float32, both `[batch, key_heads, m]`.
         """
         check_non_negative_int(self, "num_samples", num_samples)
+        check_inputs(query, key, value)
+        check_generator(generator)
         batch, heads, num_keys = key.shape[:3]
         density = self._checked_density(query, key, value)
         draws = uniform((batch, heads, num_samples), key.device, generator)
@@ -66,10 +78,12 @@ class AbstractSampler(AbstractComponent):
             index = (draws * num_keys).long().clamp(max=num_keys - 1)
             weight = torch.full(index.shape, num_keys / max(1, num_samples), device=key.device)
             return KeySample(index=index, log_weight=weight.log())
-        cumulative = density.double().cumsum(dim=-1)
+        density = torch.maximum(density, _SMALLEST_SHARE * density.mean(dim=-1, keepdim=True))
+        density = torch.where(density.amax(dim=-1, keepdim=True) > 0, density, 1.0)
+        cumulative = density.cumsum(dim=-1)
         total = cumulative[..., -1:]
         index = torch.searchsorted(cumulative, draws * total, right=True).clamp(max=num_keys - 1)
-        chosen = density.double().gather(-1, index)
+        chosen = density.gather(-1, index)
         log_weight = torch.log(total) - torch.log(chosen * max(1, num_samples))
         return KeySample(index=index, log_weight=log_weight.float())
 
@@ -97,6 +111,8 @@ class AbstractSampler(AbstractComponent):
             `index` int64 and `log_weight` float32, both `[batch, key_heads, tiles, m]`.
         """
         check_non_negative_int(self, "num_samples", num_samples)
+        check_inputs(query, key, value)
+        check_generator(generator)
         batch, heads, num_keys = key.shape[:3]
         density = self._checked_density(query, key, value)
         shape = (batch, heads, len(prefixes), num_samples)
@@ -108,17 +124,26 @@ class AbstractSampler(AbstractComponent):
         else:
             before = prefixes.new_tensor([max(0, num_keys - query.shape[2])])
             seen = torch.cat([before, prefixes[:-1]]).unsqueeze(-1).minimum(length)  # [T, 1]
-            cumulative = density.double().cumsum(dim=-1)
+            cumulative = density.cumsum(dim=-1)
             total = cumulative[..., seen.squeeze(-1).clamp(min=1) - 1].unsqueeze(-1)  # [B, H, T, 1]
+            # [0, length) is cut into: seen keys by density | seen keys uniformly | unseen keys
             place = draws * length
-            by_density = place < seen
-            target = torch.where(by_density, place / seen.clamp(min=1) * total, 0.0)
+            share = (total > 0).double() * (1 - _SMALLEST_SHARE) * seen
+            by_density = place < share
+            target = torch.where(by_density, place / share.clamp(min=1e-300) * total, 0.0)
             index = torch.searchsorted(cumulative, target.flatten(2), right=True).view(shape)
-            index = torch.where(by_density, torch.minimum(index, seen - 1), place.long())
+            uniformly = (place - share) / (seen - share).clamp(min=1e-300) * seen
+            index = torch.where(
+                by_density, index, torch.where(place < seen, uniformly, place).long()
+            )
+            is_seen = place < seen
+            index = torch.where(is_seen, torch.minimum(index, seen - 1), index)
             index = torch.minimum(index, length - 1)
-            chosen = density.double().gather(-1, index.flatten(2)).view(shape)
-            chosen = torch.where(by_density, chosen * seen / total, 1.0)
-            log_weight = torch.log(length / max(1, num_samples)) - torch.log(chosen)
+            density_at = density.gather(-1, index.flatten(2)).view(shape)
+            # times length: how much likelier than uniform the key is drawn
+            gain = share * density_at / total.clamp(min=1e-300) + (seen - share) / seen.clamp(min=1)
+            gain = torch.where(index < seen, gain, 1.0)
+            log_weight = torch.log(length / max(1, num_samples)) - torch.log(gain)
         slot = torch.arange(num_samples, device=key.device)
         is_whole = prefixes.unsqueeze(-1) <= num_samples
         whole_weight = torch.where(slot < prefixes.unsqueeze(-1), 0.0, float("-inf"))
@@ -140,9 +165,54 @@ class AbstractSampler(AbstractComponent):
                 f"{tuple(key.shape[:3])}"
             )
         # elsewhere than on the CPU, looking at values would make every call wait
-        if density.device.type == "cpu" and not bool((density > 0).all()):
+        if density.device.type == "cpu" and not bool(
+            (density >= 0).all() & density.isfinite().all()
+        ):
             raise ArgumentError(
-                f"{self.name}: its density is not positive everywhere (smallest value "
-                f"{float(density.min())}); a key that can never be drawn makes the row sums biased"
+                f"{self.name}: its density is negative or not finite somewhere (smallest value "
+                f"{float(density.min())}, largest {float(density.max())}); look for NaN in the "
+                "inputs, or clamp it"
             )
-        return density
+        return density.double()
+
+    def draws(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, num_samples: int,
+        generator: torch.Generator | None = None,
+    ) -> SampleDraw | None:  # fmt: skip
+        """Return the function by which `build_plans` draws the residual; None for no samples.
+
+        Where there are no more keys than samples, all of them are taken once with weight 1.
+
+        Args:
+            query: as in `density`.
+            key: as in `density`.
+            value: as in `density`.
+            num_samples: number of draws `m`.
+            generator: source of the draws.
+        """
+        if num_samples == 0:
+            return None
+        num_keys = key.shape[2]
+
+        def draw(prefixes: torch.Tensor | None) -> KeySample:
+            if prefixes is not None:
+                sample = self.sample_prefixes(
+                    query, key, value, num_samples=num_samples, prefixes=prefixes,
+                    generator=generator,
+                )  # fmt: skip
+            elif num_samples >= num_keys:
+                index = torch.arange(num_keys, device=key.device).expand(*key.shape[:2], -1)
+                sample = KeySample(index=index, log_weight=torch.zeros_like(index).float())
+            else:
+                sample = self.sample(
+                    query, key, value, num_samples=num_samples, generator=generator
+                )
+            index = sample.index
+            if index.device.type == "cpu" and bool(((index < 0) | (index >= num_keys)).any()):
+                raise ArgumentError(
+                    f"{self.name}: it drew a key outside 0..{num_keys - 1} (largest index "
+                    f"{int(index.max())}); clamp what it returns"
+                )
+            return sample
+
+        return draw

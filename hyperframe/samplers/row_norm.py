@@ -10,8 +10,6 @@ from .base import AbstractSampler
 
 __all__ = ["RowNorm"]
 
-_SMALLEST_SHARE = 1e-2  # of the mean squared norm
-
 
 @dataclass(frozen=True, kw_only=True)
 class RowNorm(AbstractSampler):
@@ -21,10 +19,9 @@ class RowNorm(AbstractSampler):
     its square is the weight `1 / (m p_l)` used here.
 
     Lemma 2 is about the product with V alone. The same columns also estimate row sums, which a
-    column with a vanishing value enters as well; so squared norms below one hundredth of the mean
-    so far, in the order of positions, count as that much. No density is 0 then, and the row sums
-    stay unbiased; their variance does not: early keys with small values (attention sinks) are
-    drawn rarely and with large weights.
+    column with a vanishing value enters as well: see `AbstractSampler` for how such columns stay
+    drawable. (Attention sinks often have small values, so that row-norm sampling can be worse than
+    uniform sampling on language models.)
 
     Cost: O(n d_v) time, O(n) memory for a head. Random. Source: HyperAttention, Lemma 2.
 
@@ -38,10 +35,5 @@ class RowNorm(AbstractSampler):
     def density(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor | None:
-        """Return the squared norms of the values, small ones raised."""
-        squared = value.double().square().sum(dim=-1)
-        count = torch.arange(1, squared.shape[-1] + 1, device=value.device)
-        # a running mean, so that no later value moves the density of an earlier key
-        mean = squared.cumsum(dim=-1) / count
-        raised = torch.maximum(squared, _SMALLEST_SHARE * mean)
-        return torch.where(raised > 0, raised, torch.finfo(torch.float64).tiny ** 0.5)
+        """Return the squared norms of the values."""
+        return value.double().square().sum(dim=-1)

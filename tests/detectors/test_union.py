@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import pickle
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from hyperframe.detectors import AbstractDetector, create
 from hyperframe.detectors.union import Union
 from hyperframe.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from hyperframe.masks import ListMask
-from hyperframe.testing import masked_attention
+from hyperframe.testing import dense_attention, masked_attention
 
 MEMBERS = ("sliding_window(width=5, num_sinks=2)", "oracle(budget=4)", "sort_lsh(block_size=6)")
 
@@ -92,6 +94,55 @@ def test_members_are_told_where_a_rectangle_lies() -> None:
     assert window[0, 0, :, 0].all()  # key 3 is a sink
     assert not window[0, 0, 0, 1]  # key 4 is neither a sink nor within 8 of query 12
     assert window[0, 0, 0, 2]
+
+
+def test_a_union_is_positional_if_a_member_is() -> None:
+    content = create("oracle(budget=2) | sort_lsh(block_size=6)")
+    both = create("oracle(budget=2) | sliding_window(width=3)")
+    nested = Union(detectors=(content, create("block_list | oracle")))
+    for union, expected in ((content, False), (both, True), (nested, True)):
+        copies = (pickle.loads(pickle.dumps(union)), copy.deepcopy(union), union.replace())
+        for twin in (union, *copies):
+            assert twin.is_positional is expected
+            assert twin == union
+            assert hash(twin) == hash(union)
+            assert repr(twin) == repr(union)
+    assert content.replace(detectors=both.detectors).is_positional
+    assert content.replace(detectors=both.detectors) == both
+
+
+def test_unions_without_positional_members_are_stacked_in_the_recursion() -> None:
+    class Counting(Union):
+        registry_name = "counting"
+        shapes: ClassVar[list[int]] = []
+
+        def find_rectangle(self, query, key, **options):  # type: ignore[no-untyped-def]
+            self.shapes.append(query.shape[0])
+            return super().find_rectangle(query, key, **options)
+
+    query, key, value = (x[:, :, :24] for x in tensors())
+    union = Counting(detectors=("oracle(budget=24)", "sort_lsh(block_size=6)"))
+    out = hyper_attention(
+        query, key, value, detector=union, num_samples=0, min_seq_len=3, is_causal=True,
+        causal="recursive",
+    )  # fmt: skip
+    assert Counting.shapes == [8, 4, 2]
+    torch.testing.assert_close(out, dense_attention(query, key, value, is_causal=True).out)
+
+
+def test_members_are_told_where_rows_and_keys_lie_in_a_padded_call() -> None:
+    query, key, _ = tensors()
+    detector = create("sliding_window(width=8, num_sinks=4) | block_list(blocks=((3,1),))")
+    detector = detector.replace(
+        detectors=(detector.detectors[0], detector.detectors[1].replace(block_size=5))
+    )
+    for is_causal in (False, True):
+        whole = detector.find(query, key, is_causal=is_causal).to_dense()
+        part = detector.find_within(
+            query[:, :, 3:21], key[:, :, 2:21], is_causal=is_causal, query_start=3, key_start=2,
+            first_row=3, num_queries=30, num_keys=30,
+        )  # fmt: skip
+        assert torch.equal(part.to_dense(), whole[:, :, 3:21, 2:21])
 
 
 def test_a_member_without_a_strict_form_is_named() -> None:

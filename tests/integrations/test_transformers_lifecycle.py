@@ -125,6 +125,26 @@ def test_layers_chunks_and_seeds_draw_their_own_numbers(llama: Any, tokens: Tens
 
 
 @torch.no_grad()
+def test_rows_packed_in_different_ways_draw_their_own_numbers(llama: Any, tokens: Tensor) -> None:
+    def packed(*cuts: int) -> Tensor:
+        return torch.stack([torch.cat([torch.arange(cut), torch.arange(24 - cut)]) for cut in cuts])
+
+    noisy = Noisy(seed=7)
+    apply(llama, attention=noisy)
+    args = {"position_ids": packed(10, 5), "use_cache": False}
+    first = llama(tokens, **args).logits
+    assert len(noisy.drawn) == len(set(noisy.drawn)) == 3 * 2 * 2  # layers, rows, sequences
+    assert llama(tokens, **args).logits.equal(first)
+    # row 0 and an unpacked batch share their start, and so their numbers
+    noisy.drawn.clear()
+    llama(tokens, position_ids=packed(10, 10), use_cache=False)
+    alike = list(noisy.drawn)
+    noisy.drawn.clear()
+    llama(tokens, use_cache=False)
+    assert noisy.drawn == alike[::2]
+
+
+@torch.no_grad()
 def test_eval_leaves_the_global_generator_alone(llama: Any, tokens: Tensor) -> None:
     apply(llama, attention=Noisy())
     before = torch.get_rng_state()

@@ -177,6 +177,8 @@ def test_wrong_attention_arguments_are_refused(llama: Any, dense: Any) -> None:
         apply(llama, attention=dense, num_samples=4)
     with pytest.raises(ArgumentTypeError, match="attention must be callable, got str"):
         apply(llama, attention="sort_lsh")
+    with pytest.raises(ArgumentTypeError, match=r"apply.*detectr.*Did you mean 'detector'\?"):
+        apply(llama, detectr="sort_lsh")
     with pytest.raises(ArgumentTypeError, match="observer must be callable"):
         apply(llama, attention=dense, observer=3)
     assert llama.config._attn_implementation == "eager"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from hyperframe.samplers.row_norm import RowNorm
@@ -39,14 +40,50 @@ def test_the_sampled_product_with_v_has_the_error_of_lemma_2() -> None:
     assert error.mean() >= 0.05 * bound  # and it is a sample, not the product
 
 
-def test_a_vanishing_value_counts_as_a_hundredth_of_the_mean_so_far() -> None:
+def test_a_vanishing_value_counts_as_a_hundredth_of_the_mean() -> None:
     value = torch.ones(1, 1, 10, 4)
-    value[:, :, 6] = 1e-8
-    density = RowNorm().density(value, value, value)
-    assert density is not None
-    assert torch.equal(density[0, 0, :6], torch.full((6,), 4.0, dtype=torch.float64))
-    mean = (6 * 4.0 + 4e-16) / 7
-    torch.testing.assert_close(density[0, 0, 6].item(), 0.01 * mean)
+    value[:, :, 0] = 0
+    sample = RowNorm().sample(value, value, value, num_samples=4000, generator=generator())
+    mean = 9 * 4.0 / 10
+    total = 9 * 4.0 + 0.01 * mean
+    at_zero = sample.index == 0
+    expected = torch.where(at_zero, total / (0.01 * mean), total / 4.0) / 4000
+    torch.testing.assert_close(sample.log_weight.exp(), expected.float())
+    # drawn with probability 0.001: absent from 4,000 draws with a chance of 2 %, so count instead
+    # over 20 seeds (80 expected; below 20 with a chance under 1e-12)
+    draws = [
+        RowNorm().sample(value, value, value, num_samples=4000, generator=generator(seed)).index
+        for seed in range(20)
+    ]
+    assert sum(int((index == 0).sum()) for index in draws) >= 20
+
+
+@pytest.mark.statistical
+def test_an_early_key_with_a_vanishing_value_is_drawn_from_prefixes() -> None:
+    copies, m = 4000, 256
+    value = torch.ones(1, 1, 512, 4)
+    value[:, :, 0] = 0
+    value = value.expand(copies, 1, 512, 4)
+    sample = RowNorm().sample_prefixes(
+        value, value, value, num_samples=m, prefixes=torch.tensor([480, 512]), generator=generator()
+    )
+    weight = (sample.log_weight.exp() * (sample.index == 0)).sum(-1)[:, 0, 1].double()
+    # all rows of the second tile see 480 keys: key 0 has the probability 0.01 / 512 and the weight
+    # 512 / (256 * 0.01) = 200; 20 draws are expected, none has a chance of 2e-9; the mean is 1 with
+    # the standard error sqrt(200 / 4000) = 0.22, above 1 + 7 of them with a chance below 1e-6
+    assert 0 < weight.mean() <= 1 + 7 * 0.23
+    assert float(sample.log_weight.exp().max()) <= 200.1
+
+
+def test_values_of_zero_alone_are_drawn_uniformly() -> None:
+    value = torch.zeros(1, 1, 64, 4)
+    sample = RowNorm().sample(value, value, value, num_samples=8, generator=generator())
+    torch.testing.assert_close(sample.log_weight.exp(), torch.full((1, 1, 8), 8.0))
+    prefixes = RowNorm().sample_prefixes(
+        value, value, value, num_samples=8, prefixes=torch.tensor([32, 64]), generator=generator()
+    )
+    expected = torch.tensor([4.0, 8.0]).view(1, 1, 2, 1).expand(1, 1, 2, 8)
+    torch.testing.assert_close(prefixes.log_weight.exp(), expected)
 
 
 def test_no_later_value_moves_the_density_of_a_key() -> None:
