@@ -272,14 +272,15 @@ class _Call:
                 query_start=place.query_start, key_start=place.key_start,
                 first_row=place.first_row,
             )  # fmt: skip
-            return self._solve_rectangle(rectangle)
+            return self._solve_rectangle(rectangle, first_key=place.key_start)
         if is_causal and attention.causal == "recursive":
+            first_key = 0 if place is None else place.key_start
             return attend_recursively(
                 query, key, value, longest_leaf=self.longest_leaf,
-                solve=self._solve_rectangle, stacked=not attention.detector.is_positional,
+                solve=functools.partial(self._solve_rectangle, first_key=first_key),
+                stacked=not attention.detector.is_positional,
                 solve_leaf=lambda q, k, v: self._exact(q, k, v, True, need_lse=True),
-                skipped=0 if place is None else place.first_row,
-                key_start=0 if place is None else place.key_start,
+                skipped=0 if place is None else place.first_row, key_start=first_key,
             )  # fmt: skip
         strict = attention.strict_causal and is_causal
         find = attention.detector.find_strict if strict else attention.detector.find
@@ -319,12 +320,13 @@ class _Call:
         out = exact_output(query, key, value, scale=self.scale, is_causal=is_causal)
         return AttentionState(out=out, lse=out.new_empty(0))
 
-    def _solve_rectangle(self, part: Rectangle) -> AttentionState:
+    def _solve_rectangle(self, part: Rectangle, *, first_key: int = 0) -> AttentionState:
         with torch.no_grad():
             mask = self.attention.detector.find_rectangle(
                 part.query, part.key, scale=self.scale, generator=self.generator,
                 query_start=part.query_start, key_start=part.key_start, first_row=part.first_row,
-                earlier_query=part.earlier_query, strict=self.attention.strict_causal,
+                first_key=first_key, earlier_query=part.earlier_query,
+                strict=self.attention.strict_causal,
             )  # fmt: skip
         return self._attend(part.query, part.key, part.value, mask)
 

@@ -202,3 +202,9 @@ def test_the_largest_offset_of_a_mask_shows_everything_to_a_causal_row() -> None
     mask = band(left=99, right=99, is_causal=True, query_offset=math.ceil(1e6))
     assert mask.to_dense().sum() == 0  # the band lies far behind the keys
     assert band(left=10**7, is_causal=True, query_offset=10**6).to_dense().all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_band_without_its_diagonal_is_refused(side: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"{side}: -1 keys is negative"):
+        band(**{side: -1})

@@ -122,7 +122,7 @@ def test_what_stands_in_padded_keys_and_values_does_not_matter_in_a_bit(
 
 
 @pytest.mark.parametrize("causal", ["single_pass", "recursive"])
-@pytest.mark.parametrize("detector", ["sliding_window(width=9, num_sinks=0)", *DETECTORS[2:4]])
+@pytest.mark.parametrize("detector", ["sliding_window(width=9, num_sinks=3)", *DETECTORS[2:4]])
 def test_real_rows_are_those_of_a_call_without_the_padding(detector: str, causal: str) -> None:
     # without draws that depend on the batch: all queries vote, nothing is sampled
     detector = detector.replace("num_queries=5", "num_queries=40")
@@ -233,7 +233,9 @@ def side_padding(sides: tuple[int, int], num_keys: int) -> torch.Tensor:
     return mask
 
 
-def pattern(spec: str, num_queries: int, num_keys: int, *, is_causal: bool) -> torch.Tensor:
+def pattern(
+    spec: str, num_queries: int, num_keys: int, first_real: int, *, is_causal: bool
+) -> torch.Tensor:
     """What a spec holds in a call, position by position: bool `[4, n_q, n_k]`."""
     held = torch.zeros(4, num_queries, num_keys, dtype=torch.bool)
     detector = create(spec)
@@ -243,7 +245,7 @@ def pattern(spec: str, num_queries: int, num_keys: int, *, is_causal: bool) -> t
             for row in range(num_queries):
                 own = row + num_keys - num_queries
                 held[:, row, max(0, own - left) : max(0, own + part.width - left)] = True
-            held[:, :, : part.num_sinks] = True
+            held[:, :, first_real : first_real + part.num_sinks] = True
         elif part.name == "block_list":
             for block in part.blocks:
                 head = slice(block[0], block[0] + 1) if len(block) == 3 else slice(None)
@@ -264,7 +266,10 @@ def test_all_rows_hold_what_they_held_without_the_padding_but_for_padded_keys(
 ) -> None:
     query, key, value = tensors(*shape, batch=3, dtype=torch.float64)
     mask, is_causal = side_padding(sides, shape[1]), mode != "non-causal"
-    held = pattern(detector, *shape, is_causal=is_causal) & mask[:, None, None, :]
+    held = torch.stack(
+        [pattern(detector, *shape, first, is_causal=is_causal) for first in (sides[0], 0, 0)]
+    )
+    held = held & mask[:, None, None, :]
     if mode == "recursive":  # where leaves are single keys: each row also holds its own
         position = torch.arange(shape[0])[:, None] + shape[1] - shape[0]
         held = held | ((position == torch.arange(shape[1])) & mask[:, None, None, :])
@@ -297,11 +302,11 @@ def test_what_is_appended_and_padded_changes_no_row_before_it(detector: str, cau
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("sides", SIDES.values(), ids=SIDES)
-def test_a_window_without_sinks_is_moved_along_by_padding(
+def test_window_and_sinks_are_moved_along_by_padding(
     sides: tuple[int, int], is_causal: bool
 ) -> None:
     attention = HyperAttention(
-        detector="sliding_window(width=8, num_sinks=0)", num_samples=0, min_seq_len=0
+        detector="sliding_window(width=8, num_sinks=3)", num_samples=0, min_seq_len=0
     )
     inputs = tensors(batch=1, dtype=torch.float64)
     mask = side_padding(sides, N)[:1]

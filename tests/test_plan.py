@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hyperframe import plan as plan_module
 from hyperframe.errors import ArgumentError
 from hyperframe.kernels import attend
 from hyperframe.plan import RankRanges, TilePlan
@@ -292,3 +294,46 @@ def test_weights_of_their_own_unshare_only_themselves() -> None:
     assert made.log_weight is not None
     assert made.log_weight[..., 1].tolist() == [[[-math.inf] * tiles]]
     assert made.key_index.stride(2) == 0
+
+
+class LargestInteger(TorchDispatchMode):
+    """Remembers the bytes of the largest int64 tensor that an operation stored."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.dtype == torch.int64:
+                self.size = max(self.size, x.untyped_storage().nbytes())
+        return out
+
+
+def test_deduplication_in_chunks_is_the_same_and_holds_no_int64_array_of_all_lists(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 3, 40)
+    counts = torch.randint(0, 17, (3, *shape), generator=generator, dtype=torch.int32)
+    band_count, heavy_count, key_count = counts.sort(dim=0).values
+    made = TilePlan(
+        key_index=torch.randint(0, 12, (*shape, 16), generator=generator, dtype=torch.int32),
+        key_count=key_count, heavy_count=heavy_count, band_count=band_count, band=(3, 1),
+        tile_size=1, num_query_heads=3, num_queries=40, num_keys=12,
+        log_weight=torch.randn(*shape, 16, generator=generator),
+    )  # fmt: skip
+    expected = made.deduplicated().log_weight
+    assert expected is not None
+    assert made.log_weight is not None
+    assert not torch.equal(expected, made.log_weight)
+    monkeypatch.setattr(plan_module, "_CHUNK_BYTES", 4096)
+    with LargestInteger() as record:
+        found = made.deduplicated().log_weight
+    assert found is not None
+    assert torch.equal(found, expected)
+    assert record.size <= 4096  # all lists in int64 are 30 KB
+
+
+def test_a_plan_of_empty_lists_is_deduplicated() -> None:
+    made = plan([[], []]).deduplicated()
+    assert made.disjoint

@@ -41,8 +41,7 @@ def test_every_combination_and_its_gradients_are_the_same_under_autocast(
     attention = HyperAttention(detector=detector, num_samples=8, backend=backend, **options)
     g = torch.Generator().manual_seed(0)
     inputs = [
-        torch.randn(2, heads, 70, 8, generator=g).to(device).requires_grad_()
-        for heads in (4, 2, 2)
+        torch.randn(2, heads, 70, 8, generator=g).to(device).requires_grad_() for heads in (4, 2, 2)
     ]
 
     def results(*, enabled: bool) -> list[torch.Tensor]:

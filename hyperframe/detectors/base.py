@@ -177,7 +177,8 @@ class AbstractDetector(AbstractComponent):
     def find_rectangle(
         self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
         generator: torch.Generator | None = None, query_start: int = 0, key_start: int = 0,
-        first_row: int = 0, earlier_query: torch.Tensor | None = None, strict: bool = False,
+        first_row: int = 0, first_key: int = 0, earlier_query: torch.Tensor | None = None,
+        strict: bool = False,
     ) -> HeavyMask:  # fmt: skip
         """Return the heavy entries of a rectangle below the diagonal: all keys before all queries.
 
@@ -189,6 +190,7 @@ class AbstractDetector(AbstractComponent):
             query_start: position of the first query; used by positional detectors.
             key_start: position of the first key.
             first_row: row of the first query in the whole call (its position, less `n_k - n_q`).
+            first_key: position of the first real key of the call (padding on the left).
             earlier_query: see `find_strict`.
             strict: whether later queries may not help to choose.
         """

@@ -168,7 +168,8 @@ class BlockList(AbstractDetector):
     def find_rectangle(
         self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
         generator: torch.Generator | None = None, query_start: int = 0, key_start: int = 0,
-        first_row: int = 0, earlier_query: torch.Tensor | None = None, strict: bool = False,
+        first_row: int = 0, first_key: int = 0, earlier_query: torch.Tensor | None = None,
+        strict: bool = False,
     ) -> HeavyMask:  # fmt: skip
         """Return the part of the pattern that lies in a rectangle of the whole problem."""
         self._check_heads(query.shape[1])

@@ -91,13 +91,14 @@ class Union(AbstractDetector):
     def find_rectangle(
         self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
         generator: torch.Generator | None = None, query_start: int = 0, key_start: int = 0,
-        first_row: int = 0, earlier_query: torch.Tensor | None = None, strict: bool = False,
+        first_row: int = 0, first_key: int = 0, earlier_query: torch.Tensor | None = None,
+        strict: bool = False,
     ) -> HeavyMask:  # fmt: skip
         """Return the union of the members' masks of a rectangle."""
         return self._united(
             "find_rectangle", query, key, scale=scale, generator=generator,
             query_start=query_start, key_start=key_start, first_row=first_row,
-            earlier_query=earlier_query, strict=strict,
+            first_key=first_key, earlier_query=earlier_query, strict=strict,
         )  # fmt: skip
 
     def _united(self, method: str, *args: Any, **kwargs: Any) -> HeavyMask:

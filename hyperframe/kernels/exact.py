@@ -152,8 +152,11 @@ class _FlashCPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         query, key, value, out, lse = ctx.saved_tensors
+        grad_out, grad_lse = grads
         with torch.no_grad(), without_autocast(query):
-            first = _flash_backward(query, key, value, out, lse, *grads, ctx.scale, ctx.is_causal)
+            first = _flash_backward(
+                query, key, value, out, lse, grad_out, grad_lse, ctx.scale, ctx.is_causal
+            )
         if torch.is_grad_enabled():
             # create_graph=True: the gradients themselves can be had, but not theirs
             first = _OnceDifferentiable.apply(*first, query, key, value, *grads)  # type: ignore[no-untyped-call]

@@ -259,8 +259,9 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         query, key, value = ctx.saved_tensors
+        grad_out, grad_lse = grads
         with without_autocast(query):
-            return _backward(query, key, value, *grads, ctx.layout, ctx.scale)
+            return _backward(query, key, value, grad_out, grad_lse, ctx.layout, ctx.scale)
 
 
 def _forward(

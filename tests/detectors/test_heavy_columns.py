@@ -8,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hyperframe.detectors import heavy_columns
 from hyperframe.detectors.heavy_columns import HeavyColumns, column_scores
 from hyperframe.errors import UnsupportedError
 
@@ -216,3 +217,58 @@ def test_columns_are_stored_once_for_all_rows() -> None:
     query, key = tensors(num_queries=40)
     mask = HeavyColumns(num_columns=5).find(query, key)
     assert mask.key_index.shape == (2, 4, 1, 5)
+
+
+def test_causal_lists_are_int32_and_stored_at_their_own_length() -> None:
+    query, key = torch.zeros(1, 2, 4096, 4), torch.zeros(1, 2, 4096, 4)
+    mask = HeavyColumns(num_columns=64, num_queries=4, tile_size=16).find(
+        query, key, is_causal=True
+    )
+    assert mask.key_index.dtype == torch.int32
+    assert mask.key_index.untyped_storage().nbytes() <= 4 * 2 * 256 * (64 + 16 + 1)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("num_keys", [90, 100, 130])
+def test_rectangles_scored_in_chunks_are_the_same(
+    num_keys: int, strict: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if strict and num_keys > 100:
+        pytest.skip("refused: no earlier queries")
+    query, key = tensors(num_queries=100, num_keys=num_keys)
+    detector = HeavyColumns(num_columns=9, num_queries=3, tile_size=8)
+    find = detector.find_strict if strict else detector.find
+    whole = find(query, key, is_causal=True, generator=generator())
+    monkeypatch.setattr(heavy_columns, "_CHUNK_BYTES", 1)
+    parts = find(query, key, is_causal=True, generator=generator())
+    assert torch.equal(whole.to_dense(), parts.to_dense())
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("level", ["stacked", "all"])
+def test_rows_before_every_key_take_no_budget(level: str, strict: bool) -> None:
+    """With more queries than keys, the keys that are not there are never chosen."""
+    num_keys, num_columns, size = (52, 6, 4) if level == "stacked" else (40, 6, 8)
+    query, key = tensors(num_queries=64, num_keys=num_keys)
+    key[..., 0] -= 9.0  # every real key loses against a zero key
+    query[..., 0] += 9.0
+    detector = HeavyColumns(num_columns=num_columns, num_queries=3, tile_size=size)
+    find = detector.find_strict if strict else detector.find
+    mask = find(query, key, is_causal=True, generator=generator())
+    dense, offset = mask.to_dense(), num_keys - 64
+    for row in range(64):
+        begin = max(0, row // size * size + offset)  # keys before the row's own tile
+        held = dense[:, :, row, :begin].sum(dim=-1)
+        # rectangles that are shorter than their share leave some of it
+        assert (held >= min(begin, num_columns // 3)).all()
+        if begin >= 4 * num_columns and row // size % 2 == 0:
+            assert (held >= num_columns - 2).all()
+
+
+def test_the_one_present_key_of_a_rectangle_is_found() -> None:
+    # rows 0..7 come before every key; of the rectangle before row 16, keys 0..7 of 16 are there
+    query, key = tensors(num_queries=32, num_keys=24)
+    key[..., 0] -= 9.0
+    query[..., 0] += 9.0
+    mask = HeavyColumns(num_columns=8, num_queries=3, tile_size=16).find(query, key, is_causal=True)
+    assert mask.to_dense()[:, :, 16:, :8].all()

@@ -12,6 +12,7 @@ from hyperframe.detectors.base import AbstractDetector
 from hyperframe.detectors.sliding_window import SlidingWindow
 from hyperframe.errors import UnsupportedError
 from hyperframe.masks import HeavyMask, ListMask
+from hyperframe.testing import causal_mask
 
 sizes = st.integers(1, 30)
 
@@ -109,11 +110,11 @@ def test_a_rectangle_beyond_the_window_holds_the_sinks_alone(num_sinks: int) -> 
 @pytest.mark.parametrize(
     "spec",
     [
-        "sliding_window(width=6, num_sinks=3)",
+        "sliding_window(width=6, num_sinks=0)",
         "sliding_window(width=3, num_sinks=0)",
         "block_list(blocks=((0,0),(1,0),(2,1),(3,0),(3,2)), block_size=5)",
         "block_list(blocks=((1,0,0),(0,2,1),(2,0)), block_size=7)",
-        "sliding_window(width=3, num_sinks=1) | block_list(blocks=((2,1),), block_size=7)",
+        "sliding_window(width=3, num_sinks=0) | block_list(blocks=((2,1),), block_size=7)",
     ],
 )
 @pytest.mark.parametrize("shape", [(24, 24), (17, 24), (24, 17)])
@@ -138,6 +139,23 @@ def test_parts_of_a_padded_call_are_parts_of_the_whole_mask(
             )  # fmt: skip
             assert part.is_causal == is_causal
             assert torch.equal(part.to_dense(), whole[:, :, row:last, first:stop])
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_sinks_of_a_padded_call_are_its_first_real_keys(is_causal: bool) -> None:
+    query, key = shapes(24, 24)
+    part = SlidingWindow(width=1, num_sinks=2).find_within(
+        query[:, :, 5:], key[:, :, 5:], is_causal=is_causal, query_start=5, key_start=5,
+        first_row=5, num_queries=24, num_keys=24,
+    )  # fmt: skip
+    expected = torch.eye(19, dtype=torch.bool)
+    expected[:, :2] = True
+    expected = expected & causal_mask(19, 19) if is_causal else expected
+    assert torch.equal(part.to_dense(), expected.expand_as(part.to_dense()))
+    below = SlidingWindow(width=1, num_sinks=7).find_rectangle(
+        query[:, :, 17:], key[:, :, 9:17], query_start=17, key_start=9, first_row=17, first_key=5
+    )
+    assert below.to_dense().sum(dim=-1).unique().tolist() == [3]  # the keys 9, 10 and 11
 
 
 def test_a_positional_detector_that_does_not_know_of_padding_is_refused_by_name() -> None:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from hyperframe.errors import UnsupportedError
 from hyperframe.kernels.exact import exact_attention, exact_output, full_plan
 from hyperframe.testing import dense_attention
 
@@ -172,3 +173,15 @@ def test_the_plan_of_everything_is_one_list_for_all_rows() -> None:
     plan = full_plan(q, k, is_causal=True).validate()
     assert plan.key_index.untyped_storage().nbytes() == 4 * 40
     assert torch.equal(plan.to_dense()[0, 0], torch.ones(7, 40).double().tril(33))
+
+
+def test_a_double_backward_of_the_flash_kernel_is_refused_with_what_to_do() -> None:
+    q, k, v = (tensor.requires_grad_() for tensor in make("grouped causal"))
+    out, lse = exact_attention(q, k, v, scale=SCALE, is_causal=True)
+    first = torch.autograd.grad(out.sum() + lse.sum(), (q, k, v), create_graph=True)
+    out, lse = exact_attention(q, k, v, scale=SCALE, is_causal=True)
+    plain = torch.autograd.grad(out.sum() + lse.sum(), (q, k, v))
+    # the first gradients are the same with a graph and without
+    assert all(torch.equal(a, b) for a, b in zip(first, plain, strict=True))
+    with pytest.raises(UnsupportedError, match=r"double backward: .*CPU flash kernel.*MATH"):
+        first[0].square().sum().backward()

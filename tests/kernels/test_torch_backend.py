@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -188,3 +189,22 @@ def test_the_forward_needs_little_memory_beside_its_inputs(
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 1 << 30
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_gradients_have_gradients(corrected: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (
+        torch.randn(1, 2, 5, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+        for _ in range(3)
+    )
+    plan = full_plan(q, k, is_causal=True)
+    if corrected:
+        plan = replace(
+            plan, heavy_count=torch.full((1, 2, 1), 2),
+            log_weight=torch.randn(1, 2, 1, 5, generator=generator),
+            log_cap=torch.full((1, 2, 5), -0.1), log_floor=torch.full((1, 2, 5), 0.3),
+        )  # fmt: skip
+    assert torch.autograd.gradgradcheck(
+        lambda *x: tuple(attend(*x, plan, scale=0.5, backend="torch")), (q, k, v)
+    )
