@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from ..errors import UnsupportedError
 from ..plan import TilePlan
@@ -63,6 +62,9 @@ def _exact_output(
     if grouped:
         group = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    # imported here: it loads torch's compiler, which takes a second
+    from torch.nn.attention.bias import causal_lower_right
+
     bias = causal_lower_right(num_queries, num_keys)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
 
