@@ -49,11 +49,16 @@ def test_every_combination_and_its_gradients_are_the_same_under_autocast(
             out, lse = attention(*inputs, is_causal=is_causal, return_lse=True)
             alone = attention(*inputs, is_causal=is_causal)
             total = out.square().sum() + lse.sum() + alone.sum()
-            return [out, lse, alone, *torch.autograd.grad(total, inputs)]
+            if device == "cpu":
+                return [out, lse, alone, *torch.autograd.grad(total, inputs)]
+        # on CUDA, SDPA's own backward obeys an autocast that is on during the backward pass
+        return [out, lse, alone, *torch.autograd.grad(total, inputs)]
 
+    # gradients are added by atomics on CUDA, in any order; bfloat16 would be off by 1e-2
+    tolerance = 1e-6 if device == "cpu" else 1e-4
     for found, expected in zip(results(enabled=True), results(enabled=False), strict=True):
         assert found.dtype == torch.float32
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("device", DEVICES)
