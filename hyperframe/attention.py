@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -13,38 +11,17 @@ from typing import Any, Literal, overload
 import torch
 
 from . import detectors, estimators, samplers
-from .builder import build_plans
-from .causal import Rectangle, attend_recursively
 from .component import check_bool, check_choice, check_non_negative_int
 from .errors import ArgumentTypeError, SpecError, UnsupportedError, did_you_mean
-from .kernels import attend, exact_attention, resolve_backend, visible_keys
+from .kernels import resolve_backend
 from .kernels.backends import BACKENDS
-from .kernels.exact import exact_output
-from .masks import HeavyMask
-from .padding import Part, Place, solve_padded
+from .padding import Part, solve_padded
+from .pipeline import Pipeline
 from .randomness import make_generator
-from .state import AttentionState, merge
 from .trace import active_trace
 from .validation import check_generator, check_inputs, check_padding_mask, check_scale
 
-__all__ = ["BREAK_EVEN", "DEFAULT_LEAF", "HyperAttention", "check_options", "hyper_attention"]
-
-_LOGGER = logging.getLogger(__name__)
-
-BREAK_EVEN = {
-    ("cpu", False): 2047,
-    ("cpu", True): 8191,
-    ("cuda", False): 65535,
-    ("cuda", True): 262143,
-}
-"""Keys up to which exact attention is the faster one, by (device, is_causal).
-
-What `min_seq_len=None` means for a whole call; measured with `benchmarks/crossover.py`. On a GPU
-this is the break-even of the torch backend, whose causal one lies beyond the measured lengths.
-"""
-
-DEFAULT_LEAF = 2048
-"""Longest leaf of the causal recursion when `min_seq_len=None`."""
+__all__ = ["HyperAttention", "check_options", "hyper_attention"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +43,8 @@ class HyperAttention:
             block selection everywhere does. Keys and values never leak, either way.
         min_seq_len: a call with `n_k <= min_seq_len` is answered by exact attention, and leaves of
             the recursion up to this length are exact; 0 never falls back. None takes the measured
-            `BREAK_EVEN` of the device for the call, and `DEFAULT_LEAF` for the leaves.
+            `BREAK_EVEN` of the device for the call, and `DEFAULT_LEAF` for the leaves; both are in
+            `hyperframe.pipeline`.
         backend: `"auto"`, `"reference"`, `"torch"`, `"triton"` or `"numba"`; one that was asked
             for runs or raises, it is never replaced.
         seed: seed of the draws. The same inputs and seed give the same bits: the object has no
@@ -212,7 +190,12 @@ class HyperAttention:
         resolve_backend(self.backend, query.device)
         if generator is None:
             generator = make_generator(self.seed, query.device)
-        call = _Call(self, scale, generator, need_lse=return_lse)
+        call = Pipeline(
+            detector=self.detector, sampler=self.sampler, estimator=self.estimator,
+            num_samples=self.num_samples, causal=self.causal, strict_causal=self.strict_causal,
+            min_seq_len=self.min_seq_len, backend=self.backend, scale=scale, generator=generator,
+            need_lse=return_lse,
+        )  # fmt: skip
         if key_padding_mask is None:
             state = call.solve(Part(query=query, key=key, value=value, is_causal=is_causal))
         else:
@@ -222,145 +205,6 @@ class HyperAttention:
         if trace is not None:
             trace.queries += query.shape[0] * query.shape[1] * query.shape[2]
         return (state.out, state.lse) if return_lse else state.out
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One attention call: the parts of the pipeline with its scale and generator."""
-
-    attention: HyperAttention
-    scale: float
-    generator: torch.Generator
-    need_lse: bool
-
-    def is_exact(self, part: Part) -> bool:
-        """Whether a part is answered by exact attention."""
-        limit, num_keys = self.attention.min_seq_len, part.key.shape[2]
-        if limit is None:
-            device = part.query.device.type
-            limit = BREAK_EVEN.get((device, part.is_causal), 0)
-            if num_keys <= limit and not torch.compiler.is_compiling():
-                _log_exact(device, part.is_causal, limit)
-        num_queries = part.query.shape[2]
-        if part.place is not None and self.attention.detector.is_positional:
-            # where the rows of a call go by their positions, a single one left by the cut does too
-            num_queries = part.place.num_queries
-        return num_queries == 1 or num_keys <= limit
-
-    @property
-    def longest_leaf(self) -> int:
-        """Longest exact leaf of the recursion."""
-        chosen = self.attention.min_seq_len
-        return DEFAULT_LEAF if chosen is None else max(1, chosen)
-
-    def solve(self, part: Part) -> AttentionState:
-        """Attend without padding."""
-        attention, place = self.attention, part.place
-        query, key, value, is_causal = part.query, part.key, part.value, part.is_causal
-        trace = active_trace()
-        if self.is_exact(part):
-            if trace is not None:
-                trace.exact_calls += 1
-            return self._exact(query, key, value, is_causal)
-        if trace is not None:
-            trace.approximate_calls += 1
-        if place is not None:
-            self._check_contiguous(place)
-        if place is not None and place.is_rectangle:
-            rectangle = Rectangle(
-                query=query, key=key, value=value, earlier_query=part.earlier_query,
-                query_start=place.query_start, key_start=place.key_start,
-                first_row=place.first_row,
-            )  # fmt: skip
-            return self._solve_rectangle(rectangle, first_key=place.key_start)
-        if is_causal and attention.causal == "recursive":
-            first_key = 0 if place is None else place.key_start
-            return attend_recursively(
-                query, key, value, longest_leaf=self.longest_leaf,
-                solve=functools.partial(self._solve_rectangle, first_key=first_key),
-                stacked=not attention.detector.is_positional,
-                solve_leaf=lambda q, k, v: self._exact(q, k, v, True, need_lse=True),
-                skipped=0 if place is None else place.first_row, key_start=first_key,
-            )  # fmt: skip
-        strict = attention.strict_causal and is_causal
-        find = attention.detector.find_strict if strict else attention.detector.find
-        if place is not None:
-            find = functools.partial(
-                attention.detector.find_within, strict=strict, query_start=place.query_start,
-                key_start=place.key_start, first_row=place.first_row,
-                num_queries=place.num_queries, num_keys=place.num_keys,
-            )  # fmt: skip
-        with torch.no_grad():
-            mask = find(query, key, scale=self.scale, is_causal=is_causal, generator=self.generator)
-        return self._attend(query, key, value, mask)
-
-    def _check_contiguous(self, place: Place) -> None:
-        detector = self.attention.detector
-        if detector.is_positional and not place.is_contiguous:
-            raise UnsupportedError(
-                f"key_padding_mask: the detector {detector.name} goes by positions and cannot work "
-                "with padding between real keys; pad at the ends only, so that the real keys of "
-                "every batch item are contiguous, or use a detector that is not positional, such "
-                "as heavy_columns"
-            )
-
-    def _exact(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool,
-        need_lse: bool | None = None,
-    ) -> AttentionState:  # fmt: skip
-        trace = active_trace()
-        if trace is not None:
-            num_queries, num_keys = query.shape[2], key.shape[2]
-            seen = torch.full((num_queries,), num_keys)
-            if is_causal:
-                seen = (torch.arange(num_queries) + 1 + num_keys - num_queries).clamp(min=0)
-            trace.keys += int(seen.sum()) * query.shape[0] * query.shape[1]
-        if self.need_lse if need_lse is None else need_lse:
-            return exact_attention(query, key, value, scale=self.scale, is_causal=is_causal)
-        out = exact_output(query, key, value, scale=self.scale, is_causal=is_causal)
-        return AttentionState(out=out, lse=out.new_empty(0))
-
-    def _solve_rectangle(self, part: Rectangle, *, first_key: int = 0) -> AttentionState:
-        with torch.no_grad():
-            mask = self.attention.detector.find_rectangle(
-                part.query, part.key, scale=self.scale, generator=self.generator,
-                query_start=part.query_start, key_start=part.key_start, first_row=part.first_row,
-                first_key=first_key, earlier_query=part.earlier_query,
-                strict=self.attention.strict_causal,
-            )  # fmt: skip
-        return self._attend(part.query, part.key, part.value, mask)
-
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: HeavyMask
-    ) -> AttentionState:
-        """Attend by a mask, the sampled rest and the estimator's rule."""
-        attention = self.attention
-        rule = attention.estimator.rule(
-            query, key, mask, scale=self.scale, num_samples=attention.num_samples,
-            generator=self.generator,
-        )  # fmt: skip
-        draw = attention.sampler.draws(
-            query, key, value, num_samples=attention.num_samples, generator=self.generator
-        )
-        plans = build_plans(mask, key_heads=key.shape[1], draw=draw, rule=rule)
-        trace = active_trace()
-        if trace is not None:
-            for plan in plans:
-                trace.keys += int(visible_keys(plan, key_heads=key.shape[1]).sum())
-        states = [
-            attend(query, key, value, plan, scale=self.scale, backend=attention.backend)
-            for plan in plans
-        ]
-        state = merge(*states)
-        if rule.log_sum is not None:
-            # the numerator stays, the normaliser is replaced
-            # (a row without keys has -inf in both: subtract 0, so that no gradient becomes NaN)
-            log_sum = torch.where(torch.isinf(rule.log_sum), 0, rule.log_sum)
-            factor = torch.exp(state.lse - log_sum).unsqueeze(-1)
-            state = AttentionState(
-                out=(state.out * factor).to(state.out.dtype), lse=rule.log_sum.to(state.lse)
-            )
-        return state
 
 
 _REMEDIES = {
@@ -407,15 +251,6 @@ def _refuse(unsupported: Mapping[str, Any]) -> None:
         raise UnsupportedError(
             f"{name}: got {shown}, but HyperAttention has no such argument in a call; {remedy}"
         )
-
-
-@functools.cache
-def _log_exact(device_type: str, is_causal: bool, limit: int) -> None:
-    """Say once for every kind of call that the default chose exact attention."""
-    _LOGGER.info(
-        "min_seq_len=None: exact attention runs up to %d keys on %s with is_causal=%s, where it "
-        "was measured to be faster; min_seq_len=0 never falls back", limit, device_type, is_causal,
-    )  # fmt: skip
 
 
 def hyper_attention(

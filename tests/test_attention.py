@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hyperframe.attention import BREAK_EVEN, HyperAttention, hyper_attention
+from hyperframe.attention import HyperAttention, hyper_attention
 from hyperframe.detectors import create
 from hyperframe.errors import ArgumentError, BackendUnavailableError
+from hyperframe.pipeline import BREAK_EVEN
 from hyperframe.testing import dense_attention, masked_attention
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
