@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -116,8 +117,7 @@ class SortLSH(AbstractDetector):
     ) -> HeavyMask:  # fmt: skip
         """Return one block mask for each round; see the class and `AbstractDetector.find`."""
         form = self._bucket_mask if is_causal else self._block_mask
-        codes = self._codes(query, key, generator, centre=self.centre_keys and not is_causal)
-        return UnionMask.of(*(form(q_code, k_code) for q_code, k_code in codes))
+        return self._each_round(form, query, key, generator, is_causal=is_causal)
 
     def find_strict(
         self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
@@ -126,6 +126,13 @@ class SortLSH(AbstractDetector):
     ) -> HeavyMask:  # fmt: skip
         """Return masks in which a row's keys depend on its own query alone."""
         form = self._bucket_mask if is_causal else self._placed_mask
+        return self._each_round(form, query, key, generator, is_causal=is_causal)
+
+    def _each_round(
+        self, form: Callable[[torch.Tensor, torch.Tensor], HeavyMask], query: torch.Tensor,
+        key: torch.Tensor, generator: torch.Generator | None, *, is_causal: bool,
+    ) -> HeavyMask:  # fmt: skip
+        """Unite the masks that a form makes of the codes of each round."""
         codes = self._codes(query, key, generator, centre=self.centre_keys and not is_causal)
         return UnionMask.of(*(form(q_code, k_code) for q_code, k_code in codes))
 
@@ -141,11 +148,12 @@ class SortLSH(AbstractDetector):
         projection = normal(shape, key.device, generator)
         if key.dtype == torch.float64:
             projection = projection.double()
-        per_query_head = spread_heads(projection.transpose(0, 1).transpose(1, 2), query.shape[1])
-        per_query_head = per_query_head.transpose(1, 2).transpose(0, 1)
         return [
-            (hamming_sorted_codes(query, for_query), hamming_sorted_codes(key, for_key))
-            for for_query, for_key in zip(per_query_head, projection, strict=True)
+            (
+                hamming_sorted_codes(query, spread_heads(of_round, query.shape[1])),
+                hamming_sorted_codes(key, of_round),
+            )
+            for of_round in projection
         ]
 
     def _num_blocks(self, num_keys: int) -> int:
