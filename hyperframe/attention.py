@@ -6,22 +6,26 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from operator import index
+from typing import Any, ClassVar, Literal, TypeAlias, overload
 
 import torch
 
 from . import detectors, estimators, samplers
-from .component import check_bool, check_choice, check_non_negative_int
+from .component import AbstractComponent, check_bool, check_choice, check_non_negative_int
 from .errors import ArgumentTypeError, SpecError, UnsupportedError, did_you_mean
 from .kernels import resolve_backend
 from .kernels.backends import BACKENDS
 from .padding import Part, solve_padded
 from .pipeline import Pipeline
-from .randomness import make_generator
+from .randomness import Stream, check_generator
 from .trace import active_trace
-from .validation import check_generator, check_inputs, check_padding_mask, check_scale
+from .validation import check_inputs, check_padding_mask, check_scale
 
-__all__ = ["HyperAttention", "check_options", "hyper_attention"]
+__all__ = ["Draws", "HyperAttention", "check_options", "hyper_attention"]
+
+Draws: TypeAlias = "torch.Generator | torch.Tensor | Stream"
+"""What may be the source of a call's draws; a tensor is a seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +54,7 @@ class HyperAttention:
         seed: seed of the draws. The same inputs and seed give the same bits: the object has no
             state. To draw anew in every step, pass a `generator` to the call, or set `seed=None`:
             then each call takes one seed from torch's global CPU generator, which activation
-            checkpointing restores.
+            checkpointing restores (a captured CUDA graph keeps the one of its capture).
         check_finite: look for NaN and infinities first (reads the device).
 
     Example:
@@ -65,6 +69,8 @@ class HyperAttention:
     chosen indices and weights held constant. One query is always exact. Source: HyperAttention
     (arXiv 2310.05869), Algorithms 1-4.
     """
+
+    takes_stream: ClassVar[bool] = True
 
     detector: Any = "sort_lsh"
     sampler: Any = "uniform"
@@ -138,7 +144,7 @@ class HyperAttention:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *,
         is_causal: bool = ..., scale: float | None = ...,
         key_padding_mask: torch.Tensor | None = ..., return_lse: Literal[False] = ...,
-        generator: torch.Generator | None = ...,
+        generator: Draws | None = ...,
     ) -> torch.Tensor: ...  # fmt: skip
 
     @overload
@@ -146,14 +152,14 @@ class HyperAttention:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *,
         is_causal: bool = ..., scale: float | None = ...,
         key_padding_mask: torch.Tensor | None = ..., return_lse: Literal[True],
-        generator: torch.Generator | None = ...,
+        generator: Draws | None = ...,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *,
         is_causal: bool = False, scale: float | None = None,
         key_padding_mask: torch.Tensor | None = None, return_lse: bool = False,
-        generator: torch.Generator | None = None, **unsupported: Any,
+        generator: Draws | None = None, **unsupported: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Attend.
 
@@ -168,7 +174,11 @@ class HyperAttention:
                 anything else sees the keys; positions are counted with it. Detectors that go by
                 positions need real keys without gaps between them. Reads the device.
             return_lse: also return the log normaliser.
-            generator: source of the draws; replaces `seed`.
+            generator: source of the draws; replaces `seed`. A `torch.Generator` or a
+                `hyperframe.randomness.Stream`, which move on; or a seed, an int64 tensor with one
+                element on the device of the query: it is read there when the draws are made, so
+                that a replayed CUDA graph draws anew once the tensor is filled anew, and compiled
+                code takes another seed without compiling anew. Equal seeds draw alike.
             **unsupported: refused by name, with what to do instead.
 
         Returns:
@@ -180,21 +190,32 @@ class HyperAttention:
             ArgumentError, ArgumentTypeError: arguments that do not fit.
             UnsupportedError: a component that cannot do what was asked, by name.
             BackendUnavailableError: the backend cannot run here.
+
+        `torch.compile` traces a call into one graph (`fullgraph=True`), except with
+        `key_padding_mask` and `check_finite`, where values decide what runs, and with components
+        that take no `Stream`. Lengths, heads and options decide the geometry and are constants of
+        that graph: each new length compiles anew. `hyperframe.trace` does not count compiled calls.
         """
         _refuse(unsupported)
         query, key, value = check_inputs(query, key, value, check_finite=self.check_finite)
+        options = self
+        if torch.compiler.is_compiling():
+            options = _constant(self)
+            query, key, value = _constant_sizes(query), _constant_sizes(key), _constant_sizes(value)
         scale = check_scale(scale, query.shape[-1])
         check_bool("HyperAttention", "is_causal", is_causal)
         check_bool("HyperAttention", "return_lse", return_lse)
-        check_generator(generator)
-        resolve_backend(self.backend, query.device)
+        check_generator(generator, seed_on=query.device)
+        resolve_backend(options.backend, query.device)
         if generator is None:
-            generator = make_generator(self.seed, query.device)
+            generator = Stream.of(options.seed, query.device)
+        elif isinstance(generator, torch.Tensor):
+            generator = Stream(generator)
         call = Pipeline(
-            detector=self.detector, sampler=self.sampler, estimator=self.estimator,
-            num_samples=self.num_samples, causal=self.causal, strict_causal=self.strict_causal,
-            min_seq_len=self.min_seq_len, backend=self.backend, scale=scale, generator=generator,
-            need_lse=return_lse,
+            detector=options.detector, sampler=options.sampler, estimator=options.estimator,
+            num_samples=options.num_samples, causal=options.causal,
+            strict_causal=options.strict_causal, min_seq_len=options.min_seq_len,
+            backend=options.backend, scale=scale, generator=generator, need_lse=return_lse,
         )  # fmt: skip
         if key_padding_mask is None:
             state = call.solve(Part(query=query, key=key, value=value, is_causal=is_causal))
@@ -205,6 +226,30 @@ class HyperAttention:
         if trace is not None:
             trace.queries += query.shape[0] * query.shape[1] * query.shape[2]
         return (state.out, state.lse) if return_lse else state.out
+
+
+# Sizes and parameters decide the geometry: how many tiles, levels and slots there are. Where
+# `torch.compile` holds them as symbols, `index` asks for the value, and others compile anew.
+
+
+def _constant_sizes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor with all sizes but the first, the batch size, constant."""
+    return tensor.expand(-1, *[index(size) for size in tensor.shape[1:]])
+
+
+def _constant(value: Any) -> Any:
+    """Return an equal value made of constants."""
+    if isinstance(value, (HyperAttention, AbstractComponent)):
+        # not through __init__: what it checked and made need not be checked and made again
+        copy = object.__new__(type(value))
+        for name in vars(value):
+            object.__setattr__(copy, name, _constant(getattr(value, name)))
+        return copy
+    if isinstance(value, tuple):
+        return tuple(_constant(entry) for entry in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return index(value)
+    return value
 
 
 _REMEDIES = {
@@ -256,7 +301,7 @@ def _refuse(unsupported: Mapping[str, Any]) -> None:
 def hyper_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, is_causal: bool = False,
     scale: float | None = None, key_padding_mask: torch.Tensor | None = None,
-    return_lse: bool = False, generator: torch.Generator | None = None, **options: Any,
+    return_lse: bool = False, generator: Draws | None = None, **options: Any,
 ) -> Any:  # fmt: skip
     """Attend once: `HyperAttention(**options)(query, key, value, ...)`.
 
@@ -268,7 +313,7 @@ def hyper_attention(
         scale: factor of the logits.
         key_padding_mask: True for real keys.
         return_lse: also return the log normaliser.
-        generator: source of the draws.
+        generator: source of the draws, or a seed tensor.
         **options: fields of `HyperAttention`.
 
     Example:

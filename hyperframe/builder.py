@@ -4,22 +4,27 @@
 and whose sampled entries stand for the rest. Parts that live in an order of their own (hash
 blocks) become a plan each; everything laid out by position (bands, lists) becomes one more plan,
 which leaves out what the ordered ones hold. The plans have disjoint support: their states merge.
+
+A `BlockMask` by itself needs no lists at all: it becomes a `BlockPlan` as it is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import gcd
 
 import torch
 
-from .masks import BandMask, HeavyMask, ListMask, RangeMask
+from .blockplan import BlockPlan
+from .masks import BandMask, BlockMask, HeavyMask, ListMask, RangeMask
 from .plan import RankRanges, TilePlan
 from .ragged import append_lists, concatenate_lists, spread_heads
+from .rectangles import Places
 from .rowsums import RowSumRule
 from .samples import KeySample, SampleDraw
 
-__all__ = ["POSITION_TILE", "build_plans"]
+__all__ = ["POSITION_TILE", "build_level_plans", "build_plans"]
 
 POSITION_TILE = 64
 """Rows of a tile of a plan laid out by position, where the mask does not say."""
@@ -28,7 +33,7 @@ POSITION_TILE = 64
 def build_plans(
     mask: HeavyMask, *, key_heads: int, draw: SampleDraw | None = None,
     rule: RowSumRule | None = None,
-) -> list[TilePlan]:  # fmt: skip
+) -> list[TilePlan | BlockPlan]:  # fmt: skip
     """Return plans with disjoint support for a mask and a residual.
 
     Args:
@@ -38,14 +43,23 @@ def build_plans(
         rule: caps and floor for the sampled part.
 
     Returns:
-        One plan for every `RangeMask` in the mask, then one for the rest. The residual is in the
-        last. Under a causal mask it is drawn from the prefix of each tile of consecutive rows.
+        One plan for every `RangeMask` and `BlockMask` in the mask, then one for the rest. The
+        residual is in the last. Under a causal mask it is drawn from the prefix of each tile of
+        consecutive rows. A `BlockMask` that is the whole mask becomes a `BlockPlan`, if it is not
+        causal, has no caps or floors, and a residual can reach all of its rows.
         Cost O(total list length log(list length)); no list is built where one is shared.
     """
-    ordered = [part for part in mask.parts() if isinstance(part, RangeMask)]
-    positional = [part for part in mask.parts() if not isinstance(part, RangeMask)]
+    parts = list(mask.parts())
+    if len(parts) == 1 and isinstance(parts[0], BlockMask):
+        block = parts[0]
+        is_bounded = rule is not None and (rule.log_cap is not None or rule.log_floor is not None)
+        if not block.is_causal and not is_bounded and (draw is None or block.covers_all_rows):
+            return [_whole_block_plan(block, draw(None) if draw is not None else None)]
+    parts = [part.to_ranges() if isinstance(part, BlockMask) else part for part in parts]
+    ordered = [part for part in parts if isinstance(part, RangeMask)]
+    positional = [part for part in parts if not isinstance(part, RangeMask)]
     needs_position = bool(positional) or not ordered or (mask.is_causal and draw is not None)
-    plans = []
+    plans: list[TilePlan | BlockPlan] = []
     for number, part in enumerate(ordered):
         is_last = number == len(ordered) - 1 and not needs_position
         sample = draw(None) if draw is not None and is_last else None
@@ -57,6 +71,69 @@ def build_plans(
     if needs_position:
         plans.append(_position_plan(mask, positional, ordered, key_heads, draw, rule))
     return plans
+
+
+def build_level_plans(
+    masks: Sequence[BlockMask],
+    draw: Callable[[tuple[Places, ...]], KeySample | None] | None = None,
+) -> list[BlockPlan] | None:
+    """Return a plan for every mask, each rectangle with a sample of its own keys.
+
+    Args:
+        masks: masks of disjoint support whose orders move rows and keys only inside rectangles,
+            as those of the levels of the causal recursion.
+        draw: draws a sample for each of some rectangles, `[batch, key_heads, rectangles, m]`; or
+            returns None, where it cannot. None leaves the rest of the rectangles out. Asked once.
+
+    Returns:
+        The plans, in the order of the masks, or None if `draw` returned that. Masks whose
+        rectangles are held entirely have no sample.
+    """
+    sampled = [mask for mask in masks if not mask.is_full]
+    sample, index = None, None
+    if draw is not None and sampled:
+        sample = draw(tuple(places for mask in sampled for places in mask.rectangles))
+        if sample is None:
+            return None
+        index = sample.index.int()
+    plans = []
+    first = 0
+    for mask in masks:
+        if sample is None or index is None or mask.is_full:
+            plans.append(_block_plan(mask))
+            continue
+        own = slice(first, first + len(mask.rectangles))
+        first = own.stop
+        places = sample.index[:, :, own]
+        rank = mask.rank_of_keys().gather(-1, places.flatten(2)).view(places.shape)
+        plans.append(_block_plan(mask, index[:, :, own], sample.log_weight[:, :, own], rank))
+    return plans
+
+
+def _whole_block_plan(mask: BlockMask, sample: KeySample | None) -> BlockPlan:
+    """Plan of one mask whose rectangles share a sample of all keys."""
+    if sample is None:
+        return _block_plan(mask)
+    shape = (-1, -1, len(mask.rectangles), -1)
+    rank = mask.rank_of_keys().gather(-1, sample.index)
+    return _block_plan(
+        mask, *(x.unsqueeze(2).expand(shape) for x in (sample.index.int(), sample.log_weight, rank))
+    )
+
+
+def _block_plan(
+    mask: BlockMask, index: torch.Tensor | None = None, log_weight: torch.Tensor | None = None,
+    rank: torch.Tensor | None = None,
+) -> BlockPlan:  # fmt: skip
+    tiles = mask.tiles()
+    return BlockPlan(
+        query_order=mask.query_order.int(), key_order=mask.key_order.int(), tiles=tiles.table,
+        max_rows=tiles.max_rows, max_keys=tiles.max_keys, rectangles=mask.rectangles,
+        num_query_heads=mask.num_query_heads, num_queries=mask.num_queries,
+        num_keys=mask.num_keys, sample_index=None if index is None else index.int(),
+        sample_log_weight=None if log_weight is None else log_weight.float(),
+        sample_rank=None if rank is None else rank.int(),
+    )  # fmt: skip
 
 
 def _excluded(masks: list[RangeMask]) -> RankRanges | None:

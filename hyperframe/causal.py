@@ -6,12 +6,13 @@ Their states are disjoint in keys and merge by log-sum-exp.
 
 Where Algorithm 4 halves the sequence, here all leaves are equally long, so that the rectangles of
 a level have one size and run as one batch; lengths that do not divide leave one shorter rectangle
-on each level.
+on each level. A detector that finds the entries of all levels at once (`find_levels`) has them
+attended at once, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,12 +48,16 @@ class Rectangle:
 
 Solver = Callable[[Rectangle], AttentionState]
 LeafSolver = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], AttentionState]
+SquareSolver = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, int, Sequence[Level]], AttentionState | None
+]
+"""Attends in all leaves (of a length) and levels of a square problem, or says None: it cannot."""
 
 
 def attend_recursively(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, longest_leaf: int,
-    solve: Solver, solve_leaf: LeafSolver, stacked: bool = True, skipped: int = 0,
-    key_start: int = 0,
+    solve: Solver, solve_leaf: LeafSolver, solve_square: SquareSolver | None = None,
+    stacked: bool = True, skipped: int = 0, key_start: int = 0,
 ) -> AttentionState:  # fmt: skip
     """Attend causally, bottom-right aligned.
 
@@ -63,6 +68,8 @@ def attend_recursively(
         longest_leaf: leaves on the diagonal are at most this long.
         solve: attends in a rectangle.
         solve_leaf: attends causally in leaves, stacked along the batch.
+        solve_square: attends in all leaves and rectangles of as many queries as keys at once; None,
+            or where it returns None, has `solve` and `solve_leaf` do it.
         stacked: whether equal rectangles may be solved as one batch; False solves each by itself,
             with its position.
         skipped: rows of the whole call that come before `query`.
@@ -76,16 +83,22 @@ def attend_recursively(
         # the first rows come before every key
         rest = attend_recursively(
             query[:, :, -offset:], key, value, longest_leaf=longest_leaf, solve=solve,
-            solve_leaf=solve_leaf, stacked=stacked, skipped=skipped - offset,
-            key_start=key_start,
+            solve_leaf=solve_leaf, solve_square=solve_square, stacked=stacked,
+            skipped=skipped - offset, key_start=key_start,
         )  # fmt: skip
         first = empty_state(query[:, :, :-offset], value)
         return _stack_rows([first, rest])
     own_key, own_value = key[:, :, offset:], value[:, :, offset:]
-    state = _square(
-        query, own_key, own_value, longest_leaf, solve, solve_leaf, stacked,
-        key_start + offset, skipped,
-    )  # fmt: skip
+    leaf = leaf_size(query.shape[2], longest_leaf)
+    levels = causal_levels(query.shape[2], leaf)
+    state = None
+    if solve_square is not None and levels:
+        state = solve_square(query, own_key, own_value, leaf, levels)
+    if state is None:
+        state = _square(
+            query, own_key, own_value, leaf, levels, solve, solve_leaf, stacked,
+            key_start + offset, skipped,
+        )  # fmt: skip
     if offset > 0:
         before = Rectangle(
             query=query, key=key[:, :, :offset], value=value[:, :, :offset], earlier_query=None,
@@ -96,13 +109,11 @@ def attend_recursively(
 
 
 def _square(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, longest_leaf: int,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, leaf: int, levels: list[Level],
     solve: Solver, solve_leaf: LeafSolver, stacked: bool, offset: int, skipped: int,
 ) -> AttentionState:  # fmt: skip
-    length = query.shape[2]
-    leaf = leaf_size(length, longest_leaf)
     state = _leaves(query, key, value, leaf, solve_leaf)
-    for level in causal_levels(length, leaf):
+    for level in levels:
         size, batch = level.size, query.shape[0]
         pieces = []
         if level.full and stacked:

@@ -140,6 +140,8 @@ def _owner_name(owner: object) -> str:
 
 
 def _check_int(owner: object, field: str, value: object, least: int, what: str) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+        return value
     where = f"{_owner_name(owner)}: {field}={value!r}"
     if isinstance(value, bool) or not isinstance(value, int):
         # not converted here: a component stays equal to its literal spec only with plain ints
@@ -149,11 +151,9 @@ def _check_int(owner: object, field: str, value: object, least: int, what: str) 
             f"{where} has type {type(value).__name__}, but {field} counts something and must be "
             f"{what}; {remedy}."
         )
-    if value < least:
-        raise ArgumentError(
-            f"{where} is too small: {field} must be {what}; pass a value of at least {least}."
-        )
-    return value
+    raise ArgumentError(
+        f"{where} is too small: {field} must be {what}; pass a value of at least {least}."
+    )
 
 
 def check_positive_int(owner: object, field: str, value: object) -> int:

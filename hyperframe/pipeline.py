@@ -8,21 +8,29 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from .builder import build_plans
+from .blockplan import BlockPlan
+from .builder import build_level_plans, build_plans
 from .causal import Rectangle, attend_recursively
 from .detectors import AbstractDetector
 from .errors import UnsupportedError
 from .estimators import AbstractEstimator
-from .kernels import attend, exact_attention, visible_keys
+from .estimators.uniform import Uniform as UniformEstimator
+from .kernels import attend_all, exact_attention, visible_keys
 from .kernels.exact import exact_output
 from .masks import HeavyMask
 from .padding import Part, Place
+from .plan import TilePlan
+from .rectangles import Level, Places
 from .samplers import AbstractSampler
-from .state import AttentionState, merge
+from .samplers.uniform import Uniform as UniformSampler
+from .samples import KeySample
+from .state import AttentionState
 from .trace import active_trace
 
 __all__ = ["BREAK_EVEN", "DEFAULT_LEAF", "Pipeline"]
@@ -62,7 +70,7 @@ class Pipeline:
     min_seq_len: int | None
     backend: str
     scale: float
-    generator: torch.Generator
+    generator: Any  # a torch.Generator or a Stream; see `takes_stream` of the components
     need_lse: bool
 
     def is_exact(self, part: Part) -> bool:
@@ -110,8 +118,8 @@ class Pipeline:
             return attend_recursively(
                 query, key, value, longest_leaf=self.longest_leaf,
                 solve=functools.partial(self._solve_rectangle, first_key=first_key),
-                stacked=not self.detector.is_positional,
                 solve_leaf=lambda q, k, v: self._exact(q, k, v, True, need_lse=True),
+                solve_square=self._solve_square, stacked=not self.detector.is_positional,
                 skipped=0 if place is None else place.first_row, key_start=first_key,
             )  # fmt: skip
         strict = self.strict_causal and is_causal
@@ -140,13 +148,7 @@ class Pipeline:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool,
         need_lse: bool | None = None,
     ) -> AttentionState:  # fmt: skip
-        trace = active_trace()
-        if trace is not None:
-            num_queries, num_keys = query.shape[2], key.shape[2]
-            seen = torch.full((num_queries,), num_keys)
-            if is_causal:
-                seen = (torch.arange(num_queries) + 1 + num_keys - num_queries).clamp(min=0)
-            trace.keys += int(seen.sum()) * query.shape[0] * query.shape[1]
+        self._count_exact(query.shape, key.shape[2], is_causal)
         if self.need_lse if need_lse is None else need_lse:
             return exact_attention(query, key, value, scale=self.scale, is_causal=is_causal)
         out = exact_output(query, key, value, scale=self.scale, is_causal=is_causal)
@@ -162,6 +164,64 @@ class Pipeline:
             )  # fmt: skip
         return self._attend(part.query, part.key, part.value, mask)
 
+    def _solve_square(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, leaf: int,
+        levels: Sequence[Level],
+    ) -> AttentionState | None:  # fmt: skip
+        """Attend in all leaves and rectangles of the recursion at once, if all parts allow it.
+
+        The detector has to find all levels at once, and nothing else may depend on one rectangle:
+        samples are uniform, the row sums those of the plans.
+        """
+        sampler = self.sampler
+        if self.strict_causal or type(self.estimator).rule is not UniformEstimator.rule:
+            return None
+        if self.num_samples and not isinstance(sampler, UniformSampler):
+            return None
+
+        def draw(rectangles: tuple[Places, ...]) -> KeySample | None:
+            return sampler.sample_rectangles(
+                query, key, value, num_samples=self.num_samples, rectangles=rectangles,
+                generator=self.generator,
+            )  # fmt: skip
+
+        with torch.no_grad():
+            masks = self.detector.find_levels(
+                query, key, leaf=leaf, levels=levels, scale=self.scale, generator=self.generator
+            )
+            if masks is None:
+                return None
+            plans = build_level_plans(masks, draw if self.num_samples else None)
+        if plans is None:
+            return None
+        full, rest = divmod(query.shape[2], leaf)
+        for rows, runs in ((leaf, full), (rest, 1)):
+            self._count_exact((*query.shape[:2], rows), rows, True, times=runs)
+        self._count(plans, key.shape[1])
+        return attend_all(
+            query, key, value, plans, scale=self.scale, backend=self.backend, leaf=leaf
+        )
+
+    def _count_exact(
+        self, query_shape: Sequence[int], num_keys: int, is_causal: bool, times: int = 1
+    ) -> None:
+        """Tell an open trace of exact attention of `[batch, query_heads, n_q, ...]`."""
+        trace = active_trace()
+        if trace is not None:
+            num_queries = query_shape[2]
+            seen = torch.full((num_queries,), num_keys)
+            if is_causal:
+                seen = (torch.arange(num_queries) + 1 + num_keys - num_queries).clamp(min=0)
+            trace.keys += times * int(seen.sum()) * query_shape[0] * query_shape[1]
+
+    def _count(self, plans: Sequence[TilePlan | BlockPlan], key_heads: int) -> None:
+        """Tell an open trace of plans."""
+        trace = active_trace()
+        if trace is not None:
+            for plan in plans:
+                tiles = plan.to_tile_plan() if isinstance(plan, BlockPlan) else plan
+                trace.keys += int(visible_keys(tiles, key_heads=key_heads).sum())
+
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: HeavyMask
     ) -> AttentionState:
@@ -174,15 +234,8 @@ class Pipeline:
             query, key, value, num_samples=self.num_samples, generator=self.generator
         )
         plans = build_plans(mask, key_heads=key.shape[1], draw=draw, rule=rule)
-        trace = active_trace()
-        if trace is not None:
-            for plan in plans:
-                trace.keys += int(visible_keys(plan, key_heads=key.shape[1]).sum())
-        states = [
-            attend(query, key, value, plan, scale=self.scale, backend=self.backend)
-            for plan in plans
-        ]
-        state = merge(*states)
+        self._count(plans, key.shape[1])
+        state = attend_all(query, key, value, plans, scale=self.scale, backend=self.backend)
         if rule.log_sum is not None:
             # the numerator stays, the normaliser is replaced
             # (a row without keys has -inf in both: subtract 0, so that no gradient becomes NaN)

@@ -25,7 +25,7 @@ import torch
 
 from .errors import ArgumentError
 
-__all__ = ["RankRanges", "TilePlan"]
+__all__ = ["RankRanges", "TilePlan", "check_problem"]
 
 _NEG_INF = float("-inf")
 _CHUNK_BYTES = 64 << 20  # of temporaries held at once
@@ -168,18 +168,10 @@ class TilePlan:
         Raises:
             ArgumentError: names the size that differs.
         """
-        sizes = (
-            ("batch size", self.key_index.shape[0], query.shape[0]),
-            ("number of query heads", self.num_query_heads, query.shape[1]),
-            ("number of queries", self.num_queries, query.shape[2]),
-            ("number of keys", self.num_keys, key.shape[2]),
-        )
-        for what, expected, found in sizes:
-            if expected != found:
-                raise ArgumentError(
-                    f"plan: it was made for a {what} of {expected}, but query {tuple(query.shape)} "
-                    f"and key {tuple(key.shape)} have {found}; build the plan from these inputs"
-                )
+        check_problem(
+            query, key, self.key_index.shape[0], self.num_query_heads, self.num_queries,
+            self.num_keys,
+        )  # fmt: skip
         if self.key_index.shape[1] % key.shape[1]:
             raise ArgumentError(
                 f"plan: its {self.key_index.shape[1]} heads are no multiple of the {key.shape[1]} "
@@ -346,6 +338,29 @@ class TilePlan:
         ).view(batch, heads, tiles, tile_size, self.num_keys)
         keys = index.clamp(0, self.num_keys - 1).expand(-1, -1, -1, tile_size, -1)
         return by_slot.gather(-1, keys)
+
+
+def check_problem(
+    query: torch.Tensor, key: torch.Tensor, batch_size: int, num_query_heads: int,
+    num_queries: int, num_keys: int,
+) -> None:  # fmt: skip
+    """Refuse queries and keys of other sizes than a plan's; reads shapes only.
+
+    Raises:
+        ArgumentError: names the size that differs.
+    """
+    sizes = (
+        ("batch size", batch_size, query.shape[0]),
+        ("number of query heads", num_query_heads, query.shape[1]),
+        ("number of queries", num_queries, query.shape[2]),
+        ("number of keys", num_keys, key.shape[2]),
+    )
+    for what, expected, found in sizes:
+        if expected != found:
+            raise ArgumentError(
+                f"plan: it was made for a {what} of {expected}, but query {tuple(query.shape)} "
+                f"and key {tuple(key.shape)} have {found}; build the plan from these inputs"
+            )
 
 
 def _repeats(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["append_lists", "concatenate_lists", "keep_in_lists", "spread_heads"]
+__all__ = ["append_lists", "concatenate_lists", "keep_in_lists", "spread_heads", "take_ranges"]
 
 _CHUNK_BYTES = 64 << 20  # of temporaries held at once
 
@@ -102,3 +102,22 @@ def keep_in_lists(
     keep = keep & (slot < count.unsqueeze(-1))
     order = (~keep).to(torch.uint8).sort(dim=-1, stable=True).indices
     return index.expand(keep.shape).gather(-1, order), keep.sum(dim=-1)
+
+
+def take_ranges(
+    order: torch.Tensor, start: torch.Tensor, stop: torch.Tensor, longest: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ranges of an order as lists: `[batch, heads, tiles, longest]`, and which are used.
+
+    Args:
+        order: `[batch, heads, n]`.
+        start: integer `[tiles]`.
+        stop: integer `[tiles]`.
+        longest: length of the longest range.
+
+    Returns:
+        The lists, with any entry of the order in unused slots, and bool `[tiles, longest]`.
+    """
+    place = start.unsqueeze(-1) + torch.arange(longest, device=order.device)
+    taken = order[..., place.clamp(max=order.shape[-1] - 1)]
+    return taken, place < stop.unsqueeze(-1)

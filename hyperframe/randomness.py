@@ -1,14 +1,36 @@
-"""Random draws: only through an explicit generator, seeded and reproducible.
+"""Random draws: only through an explicit source, seeded and reproducible.
 
-Draws happen on the generator's device and move to the tensors' device, so a CPU generator gives
-the same numbers wherever the attention runs.
+An attention call draws from a `Stream`: every number is a function of a seed, of the number of
+draws before and of its place in the draw, and there is no state on the device. So a call can be
+compiled, captured in a CUDA graph and recomputed by gradient checkpointing, and it gives the same
+numbers on every device.
+
+A `torch.Generator` is welcome wherever a stream is. It draws on its own device and the numbers
+move to the tensors' device, so a CPU generator too gives the same numbers everywhere.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 
-__all__ = ["fold_in", "make_generator", "normal", "uniform"]
+from .errors import ArgumentError, ArgumentTypeError
+from .kernels.ops.random import random_normal, random_uniform
+
+__all__ = [
+    "Stream",
+    "check_generator",
+    "fold_in",
+    "make_generator",
+    "normal",
+    "uniform",
+    "with_generator",
+]
+
+_Result = TypeVar("_Result")
 
 _MASK = (1 << 63) - 1
 
@@ -29,6 +51,85 @@ def fold_in(seed: int, *data: int) -> int:
     return state & _MASK
 
 
+class Stream:
+    """Independent draws that follow from a seed; each draw takes the next number of a count.
+
+    Args:
+        seed: an int, or an int64 tensor with one element: read on its device when a draw runs, so
+            that a captured graph or compiled code draws anew when the tensor is filled anew. An
+            int and a tensor of equal value give equal draws.
+
+    Cost: one kernel launch a draw on a GPU with Triton, and one for an int seed. Nothing waits for
+    the device. No gradient.
+
+    Example:
+        >>> stream, again = Stream(3), Stream(torch.tensor(3))
+        >>> first, second = (stream.uniform((4,), torch.device("cpu")) for _ in range(2))
+        >>> torch.equal(first, second), torch.equal(first, again.uniform((4,), first.device))
+        (False, True)
+    """
+
+    def __init__(self, seed: int | torch.Tensor) -> None:
+        if isinstance(seed, int) and not -(1 << 63) <= seed < 1 << 63:
+            seed = fold_in(seed)
+        self.seed = seed
+        self.num_draws = 0
+        self._stored: torch.Tensor | None = None
+
+    def __repr__(self) -> str:
+        """Return what it draws next; reads no tensor."""
+        seed = "tensor" if isinstance(self.seed, torch.Tensor) else self.seed
+        return f"Stream(seed={seed}, num_draws={self.num_draws})"
+
+    @classmethod
+    def of(cls, seed: int | None, device: torch.device) -> Stream:
+        """Return a stream for tensors on `device`.
+
+        Args:
+            seed: the seed; None draws one from torch's global CPU generator, so that
+                `torch.manual_seed` governs it and a checkpointed forward is recomputed alike.
+            device: where it will draw.
+        """
+        if seed is not None:
+            return cls(seed)
+        drawn = torch.randint(_MASK, ())
+        if torch.compiler.is_compiling():  # a value would be read while nothing runs
+            return cls(drawn.to(device))
+        return cls(int(drawn.item()))
+
+    def uniform(
+        self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float64
+    ) -> torch.Tensor:
+        """Return draws from [0, 1), evenly spaced in the precision of `dtype`."""
+        drawn = random_uniform(self._seed_on(device), self._next(), shape).to(device)
+        if dtype == torch.float64:
+            return drawn
+        steps = 2 / torch.finfo(dtype).eps  # rounding to nearest could return 1
+        return ((drawn * steps).floor() / steps).to(dtype)
+
+    def normal(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """Return float32 draws from the standard normal distribution."""
+        return random_normal(self._seed_on(device), self._next(), shape).to(device)
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """Return a new generator on `device`, its seed the next draw.
+
+        A seed on a GPU is read, which waits for the device and cannot be captured or compiled.
+        """
+        return torch.Generator(device=device).manual_seed(fold_in(int(self.seed), self._next()))
+
+    def _next(self) -> int:
+        self.num_draws += 1
+        return self.num_draws - 1
+
+    def _seed_on(self, device: torch.device) -> torch.Tensor:
+        if isinstance(self.seed, torch.Tensor):
+            return self.seed
+        if self._stored is None or self._stored.device != device:
+            self._stored = torch.full((), self.seed, dtype=torch.int64, device=device)
+        return self._stored
+
+
 def make_generator(seed: int | None, device: torch.device | str) -> torch.Generator:
     """Return a new generator on `device`.
 
@@ -43,17 +144,70 @@ def make_generator(seed: int | None, device: torch.device | str) -> torch.Genera
 
 
 def uniform(
-    shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None,
+    shape: tuple[int, ...], device: torch.device, generator: torch.Generator | Stream | None,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:  # fmt: skip
     """Return draws from [0, 1)."""
+    if isinstance(generator, Stream):
+        return generator.uniform(shape, device, dtype)
     source = device if generator is None else generator.device
     return torch.rand(shape, generator=generator, dtype=dtype, device=source).to(device)
 
 
 def normal(
-    shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None
+    shape: tuple[int, ...], device: torch.device, generator: torch.Generator | Stream | None
 ) -> torch.Tensor:
     """Return float32 draws from the standard normal distribution."""
+    if isinstance(generator, Stream):
+        return generator.normal(shape, device)
     source = device if generator is None else generator.device
     return torch.randn(shape, generator=generator, device=source).to(device)
+
+
+def check_generator(generator: object, *, seed_on: torch.device | None = None) -> None:
+    """Check that a source of draws is a `torch.Generator`, a `Stream`, or None.
+
+    Args:
+        generator: what was given.
+        seed_on: also accept a seed tensor on this device; None accepts none.
+    """
+    if generator is None or isinstance(generator, (torch.Generator, Stream)):
+        return
+    if not isinstance(generator, torch.Tensor):
+        hint = "; a seed goes into Stream(seed)" if isinstance(generator, int) else ""
+        raise ArgumentTypeError(
+            f"generator={generator!r}: has type {type(generator).__name__}; pass a "
+            f"torch.Generator, for example torch.Generator().manual_seed(0), or None{hint}"
+        )
+    found = f"a tensor of dtype {generator.dtype} and shape {tuple(generator.shape)}"
+    if seed_on is None:
+        raise ArgumentTypeError(
+            f"generator: got {found}; a seed tensor is for the call of HyperAttention, here pass "
+            "hyperframe.randomness.Stream(seed), a torch.Generator, or None"
+        )
+    if generator.dtype != torch.int64 or generator.numel() != 1:
+        raise ArgumentTypeError(
+            f"generator: got {found}; a seed is an int64 tensor with one element, for example "
+            "torch.tensor(0, device=query.device)"
+        )
+    if generator.device != seed_on:
+        raise ArgumentError(
+            f"generator: the seed is on {generator.device}, but query is on {seed_on}; move it "
+            "with .to: it is read there, when the draws are made"
+        )
+
+
+def with_generator(method: Callable[..., _Result]) -> Callable[..., _Result]:
+    """Give a component's method a `torch.Generator` where the component takes no `Stream`.
+
+    The method is called as `method(self, query, ..., generator=)`; `self.takes_stream` says which.
+    """
+
+    @functools.wraps(method)
+    def called(self: Any, query: torch.Tensor, *args: Any, **options: Any) -> _Result:
+        source = options.get("generator")
+        if isinstance(source, Stream) and not self.takes_stream:
+            options["generator"] = source.generator(query.device)
+        return method(self, query, *args, **options)
+
+    return called

@@ -11,7 +11,20 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Level", "causal_levels", "even_runs", "leaf_size", "odd_runs"]
+from .tables import kept
+
+__all__ = [
+    "Level",
+    "Places",
+    "causal_levels",
+    "even_runs",
+    "leaf_size",
+    "level_rectangles",
+    "odd_runs",
+]
+
+Places = tuple[int, int, int, int]
+"""A rectangle: `(query_start, query_stop, key_start, key_stop)`."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,21 @@ def causal_levels(length: int, leaf: int) -> list[Level]:
         levels.append(Level(size=size, full=full, ragged=max(0, rest - size)))
         size *= 2
     return levels
+
+
+@kept
+def level_rectangles(level: Level, length: int) -> tuple[Places, ...]:
+    """Return the rectangles of a level, the cut one last.
+
+    Example:
+        >>> [level_rectangles(level, 10) for level in causal_levels(10, 3)]
+        [((3, 6, 0, 3), (9, 10, 6, 9)), ((6, 10, 0, 6),)]
+    """
+    size = level.size
+    starts = (2 * size * number for number in range(level.full + (level.ragged > 0)))
+    return tuple(
+        (start + size, min(start + 2 * size, length), start, start + size) for start in starts
+    )
 
 
 def odd_runs(tensor: torch.Tensor, level: Level) -> torch.Tensor:

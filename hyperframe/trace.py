@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
+
 __all__ = ["Trace", "active_trace", "tracing"]
 
 
@@ -47,7 +49,9 @@ _ACTIVE: ContextVar[Trace | None] = ContextVar("hyperframe_trace", default=None)
 
 
 def active_trace() -> Trace | None:
-    """Return the open trace of this context, or None."""
+    """Return the open trace of this context, or None; compiled code is not counted."""
+    if torch.compiler.is_compiling():
+        return None
     return _ACTIVE.get()
 
 

@@ -8,7 +8,7 @@ import torch
 
 from .errors import ArgumentError, ArgumentTypeError
 
-__all__ = ["check_generator", "check_inputs", "check_padding_mask", "check_scale"]
+__all__ = ["check_inputs", "check_padding_mask", "check_scale"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -118,18 +118,9 @@ def check_scale(scale: object, head_dim: int) -> float:
             f"scale={scale!r}: has type {type(scale).__name__}; pass a Python float, or None for "
             "1/sqrt(head_dim)"
         )
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # unlike math.isfinite, this can be compiled
         raise ArgumentError(f"scale={scale!r}: is not finite; pass a finite float, or None")
     return float(scale)
-
-
-def check_generator(generator: object) -> None:
-    """Check that a generator is a `torch.Generator`, or None."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ArgumentTypeError(
-            f"generator={generator!r}: has type {type(generator).__name__}; pass a "
-            "torch.Generator, for example torch.Generator().manual_seed(0), or None"
-        )
 
 
 def check_padding_mask(mask: object, key: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,15 @@
-"""`python -m hyperframe_attention doctor`: what is installed, and how to repair it."""
+"""The program `hyperframe`, also `python -m hyperframe_attention`.
+
+hyperframe doctor   # what is installed, and how to repair it; needs no other package
+hyperframe bench    # times and errors beside the exact kernels; needs the extra `cli`
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ._doctor import EXIT_CODES, examine, print_json, print_text
 
@@ -16,9 +21,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; None takes those of the process.
 
     Returns:
-        For `doctor`: 0 healthy, 1 clash found, 2 broken.
+        For `doctor`: 0 healthy, 1 clash found, 2 broken. For `bench`: see `hyperframe.cli`.
     """
-    parser = argparse.ArgumentParser(prog="python -m hyperframe_attention", description=__doc__)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["bench"]:
+        return _forward(arguments)
+    is_script = Path(sys.argv[0]).stem == "hyperframe"
+    parser = argparse.ArgumentParser(
+        prog="hyperframe" if is_script else "python -m hyperframe_attention",
+        description="Near-linear attention: what is installed, and how fast it is.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     codes = "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items())
     doctor = commands.add_parser(
@@ -29,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=f"exit codes: {codes}",
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    options = parser.parse_args(argv)
+    commands.add_parser(
+        "bench", add_help=False, help="time attention beside the exact kernels, with its errors"
+    )
+    options = parser.parse_args(arguments)
 
     report = examine()
     if options.json:
@@ -37,6 +52,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print_text(report)
     return report.exit_code
+
+
+def _forward(arguments: list[str]) -> int:
+    """Run a command of `hyperframe.cli`, which may be hidden by another package's folder."""
+    try:
+        from hyperframe.cli import main as run
+    except ModuleNotFoundError as error:
+        if error.name not in ("hyperframe", "hyperframe.cli"):
+            raise
+        print(
+            f"hyperframe.cli cannot be imported ({error}); `python -m hyperframe_attention doctor` "
+            "says what is wrong and how to repair it",
+            file=sys.stderr,
+        )
+        return 1
+    return run(arguments)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from hyperframe import pipeline
 from hyperframe.attention import HyperAttention
+from hyperframe.blockplan import BlockPlan
 from hyperframe.causal import Rectangle, attend_recursively
 from hyperframe.detectors import create
+from hyperframe.detectors.sort_lsh import SortLSH
 from hyperframe.kernels import exact_attention
-from hyperframe.rectangles import leaf_size
+from hyperframe.rectangles import causal_levels, leaf_size
 from hyperframe.state import AttentionState
 from hyperframe.testing import dense_attention, masked_attention
 
@@ -223,3 +229,189 @@ def test_the_graph_of_a_stacked_recursion_grows_with_the_levels_not_with_the_run
         return len(graph_names(state.out))
 
     assert nodes(8 * 256) <= 2 * nodes(256)
+
+
+# ----------------------------------------------------------------------- all levels at once
+
+SHAPES = [(64, 64), (61, 61), (37, 50), (50, 37)]
+
+
+def recursive(**options: Any) -> HyperAttention:
+    options = {
+        "detector": "sort_lsh(block_size=5, num_projections=4)", "num_samples": 4,
+        "min_seq_len": 4, "causal": "recursive", "backend": "torch", **options,
+    }  # fmt: skip
+    return HyperAttention(**options)
+
+
+class Plans:
+    """Keeps what the pipeline builds; the weight matrix of it all."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.levels: list[BlockPlan] = []
+        self.others: list[Any] = []
+        for name, kept in (("build_level_plans", self.levels), ("build_plans", self.others)):
+            monkeypatch.setattr(pipeline, name, self._keeping(getattr(pipeline, name), kept))
+
+    @staticmethod
+    def _keeping(build: Callable[..., Any], kept: list[Any]) -> Callable[..., Any]:
+        def building(*args: Any, **options: Any) -> Any:
+            plans = build(*args, **options)
+            kept.extend(plans or [])
+            return plans
+
+        return building
+
+    def weight(self, num_queries: int, num_keys: int) -> torch.Tensor:
+        """Sum of the levels, of the rectangle before the square, and of leaves of up to 4 rows."""
+        square = min(num_queries, num_keys)
+        first_row, first_key = num_queries - square, num_keys - square
+        leaf = leaf_size(square, 4)
+        run = torch.arange(square) // leaf
+        in_leaf = (run[:, None] == run).tril().double()
+        weight = torch.zeros(2, 4, num_queries, num_keys, dtype=torch.float64)
+        weight[:, :, first_row:, first_key:] += in_leaf
+        for plan in self.levels:
+            weight[:, :, first_row:, first_key:] += plan.to_dense()
+        for plan in self.others:
+            weight[:, :, :, :first_key] += plan.to_dense()
+        return weight
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_levels_that_hold_everything_are_exact_attention(shape: tuple[int, int]) -> None:
+    inputs = tensors(*shape)
+    for options in (
+        {"detector": "sort_lsh(block_size=64)"},
+        {"detector": "sort_lsh(block_size=3)", "num_samples": 64},
+    ):
+        out, lse = recursive(**options)(*inputs, is_causal=True, scale=SCALE, return_lse=True)
+        expected = dense_attention(*inputs, scale=SCALE, is_causal=True)
+        torch.testing.assert_close(out, expected.out)
+        torch.testing.assert_close(lse, expected.lse)
+
+
+@pytest.mark.parametrize("num_samples", [0, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_levels_attend_by_their_plans_and_leaves_with_the_gradient_of_that(
+    shape: tuple[int, int], num_samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = Plans(monkeypatch)
+    inputs = [x.requires_grad_() for x in tensors(*shape)]
+    attention = recursive(num_samples=num_samples)
+    out, lse = attention(*inputs, is_causal=True, scale=SCALE, return_lse=True)
+    square = min(shape)
+    assert len(plans.levels) == len(causal_levels(square, leaf_size(square, 4)))
+    assert len(plans.others) == (shape[1] > shape[0])
+    weight = plans.weight(*shape)
+    assert torch.equal(weight, weight.tril(shape[1] - shape[0]))  # nothing looks ahead
+    if num_samples:  # all rows of a rectangle with more than one block have a residual
+        assert (plans.levels[-1].to_dense(part="sampled").sum(-1) > 0).any(dim=-1).all()
+    expected = masked_attention(*inputs, weight, scale=SCALE)
+    torch.testing.assert_close(out, expected.out)
+    torch.testing.assert_close(lse, expected.lse)
+    seen = ~torch.isinf(lse)
+
+    def gradients(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        loss = (out * torch.linspace(-1, 2, out.numel()).view_as(out)).sum() + lse[seen].sum()
+        return torch.autograd.grad(loss, inputs)
+
+    found, wanted = gradients(out, lse), gradients(expected.out, expected.lse)
+    for mine, its in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, its)
+
+
+def test_levels_are_the_same_on_the_reference_backend() -> None:
+    inputs = tensors(37, 37)
+    states = [
+        recursive(backend=name)(*inputs, is_causal=True, return_lse=True)
+        for name in ("torch", "reference")
+    ]
+    for mine, its in zip(*states, strict=True):
+        torch.testing.assert_close(mine, its)
+
+
+@given(length=st.integers(2, 60), cut=st.integers(0, 59), seed=st.integers(0, 99))
+@example(length=60, cut=30, seed=0)
+@example(length=37, cut=20, seed=1)
+def test_no_later_key_or_value_moves_a_row(length: int, cut: int, seed: int) -> None:
+    cut = min(cut, length - 1)
+    query, key, value = tensors(length, length, seed=seed)
+    before = recursive()(query, key, value, is_causal=True)
+    key[:, :, cut:] *= -3
+    value[:, :, cut:] += 1
+    after = recursive()(query, key, value, is_causal=True)
+    assert torch.equal(before[:, :, :cut], after[:, :, :cut])
+    assert not torch.equal(before[:, :, cut:], after[:, :, cut:])
+
+
+def test_the_levels_are_hashed_and_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    find = SortLSH.find_levels
+
+    def counted(self: SortLSH, *args: Any, **options: Any) -> Any:
+        calls.append(len(options["levels"]))
+        return find(self, *args, **options)
+
+    monkeypatch.setattr(SortLSH, "find_levels", counted)
+    recursive()(*tensors(61, 61), is_causal=True)
+    assert calls == [len(causal_levels(61, leaf_size(61, 4)))]
+    plans = Plans(monkeypatch)
+    recursive()(*tensors(61, 61), is_causal=True)
+    # small levels are held entirely: no samples
+    assert [plan.num_samples for plan in plans.levels] == [
+        4 if level.size > 5 else 0 for level in causal_levels(61, leaf_size(61, 4))
+    ]
+    samples = [plan.sample_index for plan in plans.levels if plan.sample_index is not None]
+    assert not torch.equal(samples[0][0, 0, 0] % 8, samples[0][0, 1, 0] % 8)
+
+
+def test_one_run_of_leaves_has_no_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = Plans(monkeypatch)
+    recursive(min_seq_len=20)(*tensors(20, 30), is_causal=True)
+    assert plans.levels == []
+    assert len(plans.others) == 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reversed(SortLSH):
+    """Finds otherwise than its parent, which knows nothing of that."""
+
+    def find(self, query: torch.Tensor, key: torch.Tensor, **options: Any) -> Any:
+        return super().find(query.flip(1), key, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strict_causal": True},
+        {"sampler": "row_norm"},
+        {"estimator": "exact"},
+        {"detector": "sort_lsh(block_size=5, num_rounds=2)"},
+        {"detector": "sort_lsh(block_size=5, centre_keys=True)"},
+        {"detector": "heavy_columns(num_columns=4)"},
+        {"detector": "sliding_window(width=4) | sort_lsh(block_size=5)"},
+        {"detector": Reversed(block_size=5)},
+    ],
+    ids=str,
+)
+def test_where_a_part_looks_at_single_rectangles_each_is_solved_by_itself(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = tensors(61, 61)
+    attention = recursive(**options)
+    plans = Plans(monkeypatch)
+    found = attention(*inputs, is_causal=True)
+    assert plans.levels == []
+    assert plans.others != []
+    # and draws what it drew without the other way
+    monkeypatch.setattr(pipeline.Pipeline, "_solve_square", lambda *args: None)
+    assert torch.equal(found, attention(*inputs, is_causal=True))
+
+
+def test_the_graph_of_all_levels_does_not_grow_with_their_rows() -> None:
+    def nodes(length: int) -> int:
+        inputs = [x.requires_grad_() for x in tensors(length, length)]
+        return len(graph_names(recursive(min_seq_len=length // 8)(*inputs, is_causal=True)))
+
+    assert nodes(512) <= nodes(64) + 8

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from hyperframe.errors import ArgumentError, ArgumentTypeError
-from hyperframe.masks import BandMask, HeavyMask, ListMask, RangeMask, UnionMask
+from hyperframe.masks import BandMask, BlockMask, HeavyMask, ListMask, RangeMask, UnionMask
 from hyperframe.masks import base as masks_module
 
 
@@ -208,3 +210,96 @@ def test_the_largest_offset_of_a_mask_shows_everything_to_a_causal_row() -> None
 def test_a_band_without_its_diagonal_is_refused(side: str) -> None:
     with pytest.raises(ArgumentError, match=rf"{side}: -1 keys is negative"):
         band(**{side: -1})
+
+
+def blocks(**change: Any) -> BlockMask:
+    """Seven rows and six keys of two heads; rows 0 and 6 and key 5 are in no rectangle."""
+    order = torch.arange(7, dtype=torch.int32).expand(1, 2, -1)
+    options: dict[str, Any] = {
+        "batch_size": 1, "num_query_heads": 2, "num_queries": 7, "num_keys": 6,
+        "query_order": order, "key_order": torch.tensor([[[2, 0, 1, 4, 3, 5]]]),
+        "rectangles": ((1, 4, 0, 3), (4, 6, 3, 5)), "block_size": 2,
+    }  # fmt: skip
+    return BlockMask(**(options | change))
+
+
+def test_blocks_share_out_the_rows_and_keys_of_their_rectangle() -> None:
+    mask = blocks().validate()
+    # 3 keys in blocks of 1 and 2, 3 rows likewise; then one block of 2 keys
+    expected = [[], [2], [0, 1], [0, 1], [3, 4], [3, 4], []]
+    for head in range(2):
+        held = [row.nonzero().flatten().tolist() for row in mask.to_dense()[0, head]]
+        assert held == expected
+    assert mask.nnz().tolist() == [[9, 9]]
+    assert mask.tiles().table.tolist() == [[1, 2, 0, 1, 0], [2, 4, 1, 3, 0], [4, 6, 3, 5, 1]]
+    assert (mask.tiles().max_rows, mask.tiles().max_keys) == (2, 2)
+    assert mask.rank_of_keys().tolist() == [[[1, 2, 0, 4, 3, 5]]]
+    assert not mask.covers_all_rows
+    assert not mask.is_full
+    assert blocks(block_size=3).is_full
+
+
+def test_a_block_without_rows_has_no_tile() -> None:
+    mask = blocks(rectangles=((3, 4, 0, 6),), block_size=1)
+    assert mask.tiles().table.tolist() == [[3, 4, 5, 6, 0]]
+    assert mask.nnz().tolist() == [[1, 1]]
+
+
+def test_every_row_has_a_slot_in_the_ranges_of_a_block_mask() -> None:
+    # the residual of a plan over them has to reach every row
+    ranges = blocks().to_ranges()
+    slots = ranges.query_order[0, 1]
+    assert sorted(slots[slots >= 0].tolist()) == list(range(7))
+    assert ranges.tile_size == ranges.max_keys == 2
+
+
+def test_the_tiles_of_equal_sizes_are_made_once() -> None:
+    assert blocks().tiles().table is blocks().tiles().table
+    assert blocks().tiles().table is not blocks(block_size=1).tiles().table
+
+
+def test_unions_with_blocks_hold_what_either_holds() -> None:
+    window = band(num_queries=7, num_keys=6)
+    union = blocks() | window
+    assert torch.equal(union.to_dense(), blocks().to_dense() | window.to_dense())
+    causal = replace(blocks(), is_causal=True) | replace(window, is_causal=True)
+    assert torch.equal(causal.to_dense(), union.to_dense().tril(-1))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rectangles": ()}, "rectangles: none was given"),
+        ({"rectangles": ((1, 1, 0, 3),)}, "the queries at the places 1..1"),
+        ({"rectangles": ((1, 8, 0, 3),)}, "the queries at the places 1..8"),
+        ({"rectangles": ((1, 3, -1, 3),)}, "the keys at the places -1..3"),
+        ({"rectangles": ((1, 3, 0, 3), (2, 4, 3, 5))}, "the queries at the places 2..4"),
+        ({"rectangles": ((4, 6, 3, 5), (1, 3, 0, 4))}, "the keys at the places 3..5"),
+        ({"block_size": 0}, "block_size: 0 keys"),
+        ({"num_queries": 8}, "query_order: expected"),
+        ({"num_keys": 7}, "key_order: expected"),
+        ({"key_rank": torch.zeros(1, 2, 6)}, "key_rank: expected the shape of key_order"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        blocks(**change)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"query_order": torch.zeros(1, 2, 7, dtype=torch.int32)}, "query_order is no permutation"),
+        ({"key_order": torch.tensor([[[6, 0, 1, 2, 3, 4]]])}, "key_order is no permutation of 0"),
+        ({"key_order": torch.tensor([[[-1, 0, 1, 2, 3, 4]]])}, "key_order is no permutation of 0"),
+        ({"key_rank": torch.arange(6).view(1, 1, 6)}, "key_rank does not hold the place"),
+    ],
+)
+def test_orders_that_are_none_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        blocks(**change).validate()
+
+
+def test_orders_of_another_dtype_are_refused() -> None:
+    with pytest.raises(ArgumentTypeError, match="key_order has dtype torch"):
+        blocks(key_order=torch.arange(6.0).view(1, 1, 6)).validate()

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hyperframe.rectangles import causal_levels, even_runs, leaf_size, odd_runs
+from hyperframe.rectangles import (
+    causal_levels,
+    even_runs,
+    leaf_size,
+    level_rectangles,
+    odd_runs,
+)
 
 
 def cover(length: int, leaf: int) -> torch.Tensor:
@@ -35,6 +41,24 @@ def test_any_leaf_length_covers_too(length: int) -> None:
     for leaf in (1, 5, 31, 64, length - 1, length, length + 1):
         counts = cover(length, leaf)
         assert torch.equal(counts, torch.ones_like(counts).tril()), leaf
+
+
+@pytest.mark.parametrize("length", [1, 10, 23, 64, 97])
+@pytest.mark.parametrize("leaf", [1, 3, 8])
+def test_the_rectangles_of_a_level_are_its_odd_runs_and_the_even_runs_before_them(
+    length: int, leaf: int
+) -> None:
+    for level in causal_levels(length, leaf):
+        rectangles = level_rectangles(level, length)
+        assert len(rectangles) == level.full + (level.ragged > 0)
+        runs = torch.arange(length).split(level.size)
+        expected = [
+            (int(odd[0]), int(odd[-1]) + 1, int(even[0]), int(even[-1]) + 1)
+            for even, odd in zip(runs[::2], runs[1::2], strict=False)
+        ]
+        assert list(rectangles) == expected
+        cut = rectangles[-1][1] - rectangles[-1][0]
+        assert cut == (level.ragged or level.size)
 
 
 @pytest.mark.parametrize("longest", [1, 3, 8, 100])

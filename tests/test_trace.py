@@ -89,6 +89,25 @@ def test_the_recursion_counts_leaves_and_rectangles() -> None:
     assert (trace.exact_calls, trace.approximate_calls) == (0, 1)
 
 
+@pytest.mark.parametrize("num_queries", [N, 23, 60])
+def test_levels_that_are_attended_at_once_count_leaves_and_blocks(num_queries: int) -> None:
+    visible = int(torch.ones(num_queries, N).tril(N - num_queries).sum())
+    options = {"min_seq_len": 5, "is_causal": True, "causal": "recursive"}
+    for detector, num_samples in ((f"sort_lsh(block_size={N})", 9), ("sort_lsh(block_size=1)", N)):
+        # every rectangle is held, or sampled whole
+        with tracing() as trace:
+            hyper_attention(
+                *tensors(num_queries), detector=detector, num_samples=num_samples, **options
+            )
+        assert trace.keys == 2 * 4 * visible
+        assert trace.queries == 2 * 4 * num_queries
+        assert (trace.exact_calls, trace.approximate_calls) == (0, 1)
+    with tracing() as trace:
+        hyper_attention(*tensors(N), detector="sort_lsh(block_size=5)", num_samples=0, **options)
+    # rows of 8 leaves lie in 0, 1, 1, 2, 1, 2, 2, 3 rectangles, of which each holds 5 keys
+    assert trace.keys == 2 * 4 * (8 * 15 + 12 * 5 * 5)
+
+
 def test_padding_counts_no_padded_key() -> None:
     mask = torch.ones(2, N, dtype=torch.bool)
     mask[1, :10] = False

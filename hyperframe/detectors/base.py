@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,8 +12,10 @@ import torch
 
 from ..component import AbstractComponent
 from ..errors import ArgumentError, UnsupportedError
-from ..masks import HeavyMask, check_mask_type
-from ..validation import check_generator, check_inputs, check_scale
+from ..masks import BlockMask, HeavyMask, check_mask_type
+from ..randomness import check_generator, with_generator
+from ..rectangles import Level, level_rectangles
+from ..validation import check_inputs, check_scale
 
 __all__ = ["AbstractDetector", "default_scale"]
 
@@ -22,6 +24,7 @@ _Find = Callable[..., HeavyMask]
 
 def _checked(find: _Find) -> _Find:
     """Check the arguments of a `find` method, and that its mask answers what was asked."""
+    find = with_generator(find)
 
     @functools.wraps(find)
     def checked(
@@ -31,24 +34,66 @@ def _checked(find: _Find) -> _Find:
         check_scale(options.get("scale"), query.shape[-1])
         check_generator(options.get("generator"))
         mask = find(self, query, key, **options)
-        check_mask_type(f"the detector {self.name} returned its mask", mask)
         is_causal = bool(options.get("is_causal", False))
-        expected = {
-            "batch_size": query.shape[0], "num_query_heads": query.shape[1],
-            "num_queries": query.shape[2], "num_keys": key.shape[2], "is_causal": is_causal,
-        }  # fmt: skip
-        for field, value in expected.items():
-            if getattr(mask, field) != value:
-                raise ArgumentError(
-                    f"the detector {self.name} returned a mask with {field}="
-                    f"{getattr(mask, field)!r}, but it was asked with {field}={value!r}; hand the "
-                    "sizes of query and key, and is_causal, on to the mask"
-                )
-        if mask.device.type == "cpu":  # elsewhere a look at the values would make the call wait
-            mask.validate()
+        _check_answer(self, mask, query, key, is_causal=is_causal)
         return mask
 
     return checked
+
+
+def _checked_levels(find: Callable[..., list[BlockMask] | None]) -> Callable[..., Any]:
+    """Check what a `find_levels` method returns: the rectangles, and orders that stay in them."""
+    find = with_generator(find)
+
+    @functools.wraps(find)
+    def checked(
+        self: AbstractDetector, query: torch.Tensor, key: torch.Tensor, **options: Any
+    ) -> list[BlockMask] | None:
+        masks = find(self, query, key, **options)
+        if masks is None:
+            return None
+        length = query.shape[2]
+        expected = [level_rectangles(level, length) for level in options["levels"]]
+        if [getattr(mask, "rectangles", None) for mask in masks] != expected:
+            raise ArgumentError(
+                f"the detector {self.name} returned no masks of the levels' rectangles; return a "
+                "BlockMask for each level, with the rectangles level_rectangles(level, n)"
+            )
+        for mask, level in zip(masks, options["levels"], strict=True):
+            _check_answer(self, mask, query, key, is_causal=False)
+            if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+                run = torch.arange(length) // level.size
+                for order in (mask.query_order, mask.key_order):
+                    if bool((order // level.size != run).any()):
+                        raise ArgumentError(
+                            f"the detector {self.name} moved rows between runs of {level.size}, "
+                            "where a row would see later keys; sort inside the runs only"
+                        )
+        return masks
+
+    return checked
+
+
+def _check_answer(
+    detector: AbstractDetector, mask: HeavyMask, query: torch.Tensor, key: torch.Tensor, *,
+    is_causal: bool,
+) -> None:  # fmt: skip
+    """Check that a mask answers what a detector was asked."""
+    check_mask_type(f"the detector {detector.name} returned its mask", mask)
+    expected = {
+        "batch_size": query.shape[0], "num_query_heads": query.shape[1],
+        "num_queries": query.shape[2], "num_keys": key.shape[2], "is_causal": is_causal,
+    }  # fmt: skip
+    for field, value in expected.items():
+        if getattr(mask, field) != value:
+            raise ArgumentError(
+                f"the detector {detector.name} returned a mask with {field}="
+                f"{getattr(mask, field)!r}, but it was asked with {field}={value!r}; hand the "
+                "sizes of query and key, and is_causal, on to the mask"
+            )
+    # elsewhere a look at the values would make the call wait, or break the graph
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        mask.validate()
 
 
 def default_scale(query: torch.Tensor, scale: float | None) -> float:
@@ -80,6 +125,10 @@ class AbstractDetector(AbstractComponent):
             says in `find_within` what it holds where padding was cut out.
         is_row_local: a row's entries depend on no other query, so that `find` is strictly causal
             as it is.
+        takes_stream: `generator` may be a `hyperframe.randomness.Stream`, because all draws go
+            through `uniform` and `normal` of that module. Otherwise a `torch.Generator` seeded
+            from the stream is made for every call; `torch.compile` and CUDA graphs cannot have
+            that one. Not inherited by a class that finds entries in a way of its own.
     """
 
     kind: ClassVar[str] = "detector"
@@ -91,9 +140,17 @@ class AbstractDetector(AbstractComponent):
             method = cls.__dict__.get(name)
             if method is not None and not getattr(method, "__isabstractmethod__", False):
                 setattr(cls, name, _checked(method))
+                cls.takes_stream = cls.__dict__.get("takes_stream", False)
+        if "find_levels" in cls.__dict__:
+            setattr(cls, "find_levels", _checked_levels(cls.find_levels))  # noqa: B010
+            cls.takes_stream = cls.__dict__.get("takes_stream", False)
+        elif "find" in cls.__dict__ or "find_rectangle" in cls.__dict__:
+            # what a parent finds for all levels is not what this class finds for a rectangle
+            cls.find_levels = AbstractDetector.find_levels  # type: ignore[method-assign]
 
     is_positional: ClassVar[bool] = False
     is_row_local: ClassVar[bool] = False
+    takes_stream: ClassVar[bool] = False
 
     @abstractmethod
     def find(
@@ -110,7 +167,7 @@ class AbstractDetector(AbstractComponent):
             key: `[batch, key_heads, n_k, d]`.
             scale: factor of the logits; None is `1 / sqrt(d)`.
             is_causal: whether rows hold only keys at or before their own position.
-            generator: source of all randomness.
+            generator: source of all randomness; see `takes_stream`.
 
         Returns:
             The mask.
@@ -199,3 +256,27 @@ class AbstractDetector(AbstractComponent):
                 query, key, scale=scale, generator=generator, earlier_query=earlier_query
             )
         return self.find(query, key, scale=scale, generator=generator)
+
+    def find_levels(
+        self, query: torch.Tensor, key: torch.Tensor, *, leaf: int, levels: Sequence[Level],
+        scale: float | None = None, generator: torch.Generator | None = None,
+    ) -> list[BlockMask] | None:  # fmt: skip
+        """Return the heavy entries of all rectangles of the causal recursion at once.
+
+        None, as here, means that there is no such form: the rectangles are then found one stack
+        after another, by `find_rectangle`.
+
+        Args:
+            query: `[batch, query_heads, n, d]`.
+            key: `[batch, key_heads, n, d]`; as many as queries.
+            leaf: length of the leaves on the diagonal.
+            levels: `hyperframe.rectangles.causal_levels(n, leaf)`.
+            scale: as in `find`.
+            generator: as in `find`.
+
+        Returns:
+            A mask over the whole `n x n` problem for each level, whose rectangles are
+            `level_rectangles(level, n)`, and whose orders move rows and keys only inside
+            consecutive runs of `level.size`.
+        """
+        return None

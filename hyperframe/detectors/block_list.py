@@ -36,6 +36,7 @@ class BlockList(AbstractDetector):
 
     is_positional: ClassVar[bool] = True
     is_row_local: ClassVar[bool] = True
+    takes_stream: ClassVar[bool] = True
 
     blocks: tuple[tuple[int, ...], ...] = ()
     block_size: int = 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -86,6 +87,8 @@ class HeavyColumns(AbstractDetector):
         >>> HeavyColumns(num_columns=1).find(q, k).to_dense()[0, 0, 0].nonzero().item()
         5
     """
+
+    takes_stream: ClassVar[bool] = True
 
     num_columns: int = 256
     num_queries: int = 64

@@ -35,6 +35,7 @@ class Oracle(AbstractDetector):
     """
 
     is_row_local: ClassVar[bool] = True
+    takes_stream: ClassVar[bool] = True
 
     budget: int = 256
 

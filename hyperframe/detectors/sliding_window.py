@@ -39,6 +39,7 @@ class SlidingWindow(AbstractDetector):
 
     is_positional: ClassVar[bool] = True
     is_row_local: ClassVar[bool] = True
+    takes_stream: ClassVar[bool] = True
 
     width: int = 256
     num_sinks: int = 16

@@ -2,59 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from ..component import check_bool, check_positive_int
 from ..errors import ArgumentError
-from ..masks import BandMask, HeavyMask, RangeMask, UnionMask
-from ..precision import without_autocast
+from ..kernels.hashing import HashOrders, hamming_sorted_codes, hash_orders, inverse_gray
+from ..masks import BandMask, BlockMask, HeavyMask, RangeMask, UnionMask
 from ..ragged import spread_heads
 from ..randomness import normal
+from ..rectangles import Level, Places, level_rectangles
 from .base import AbstractDetector
 
 __all__ = ["SortLSH", "hamming_sorted_codes", "inverse_gray"]
 
 _ROW_TILE = 32  # rows of a tile where every row names its own range of keys
-
-
-def inverse_gray(pattern: torch.Tensor) -> torch.Tensor:
-    """Return the rank of a bit pattern in the reflected Gray code.
-
-    Patterns of neighbouring ranks, also of the last and the first, differ in exactly one bit.
-
-    Args:
-        pattern: non-negative int64, any shape.
-
-    Example:
-        >>> inverse_gray(torch.tensor([0b00, 0b01, 0b11, 0b10])).tolist()
-        [0, 1, 2, 3]
-    """
-    rank = pattern
-    for shift in (1, 2, 4, 8, 16, 32):
-        rank = rank ^ (rank >> shift)
-    return rank
-
-
-def hamming_sorted_codes(x: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
-    """Return the Hamming sorted LSH codes of Definition 1.
-
-    For two vectors at the angle theta, `Pr[H(x) = H(y)] = (1 - theta/pi)^r` and
-    `Pr[H(x) = H(y) +- 1 mod 2^r] = 2 theta/pi (1 - theta/pi)^(r-1)`.
-
-    Args:
-        x: `[..., n, d]`.
-        projection: `[..., d, r]`, standard normal; broadcast against `x`.
-
-    Returns:
-        int64 `[..., n]` in `[0, 2^r)`.
-    """
-    with without_autocast(x):
-        signs = torch.matmul(x.to(projection.dtype), projection) > 0
-    bits = torch.arange(projection.shape[-1], device=x.device)
-    return inverse_gray((signs.long() << bits).sum(dim=-1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +59,8 @@ class SortLSH(AbstractDetector):
         [[1024, 1024]]
     """
 
+    takes_stream: ClassVar[bool] = True
+
     block_size: int = 256
     num_projections: int = 7
     centre_keys: bool = False
@@ -116,8 +83,21 @@ class SortLSH(AbstractDetector):
         is_causal: bool = False, generator: torch.Generator | None = None,
     ) -> HeavyMask:  # fmt: skip
         """Return one block mask for each round; see the class and `AbstractDetector.find`."""
-        form = self._bucket_mask if is_causal else self._block_mask
-        return self._each_round(form, query, key, generator, is_causal=is_causal)
+        num_queries, num_keys = query.shape[2], key.shape[2]
+        if is_causal and num_keys > self.block_size:
+            return self._each_round(self._bucket_mask, query, key, generator, centre=False)
+        centre = self.centre_keys and not is_causal
+        runs, everything = (max(num_queries, num_keys),), ((0, num_queries, 0, num_keys),)
+        masks = []
+        for planes in self._hyperplanes(key, generator):
+            threshold = None
+            if centre:
+                # k . p > mean . p: the signs of centred keys, without a copy of the keys
+                dtype = torch.promote_types(key.dtype, torch.float32)
+                threshold = (key.mean(dim=2, dtype=dtype).unsqueeze(-1) * planes).sum(dim=-2)
+            orders = hash_orders(query, key, planes, runs=runs, key_threshold=threshold)
+            masks.append(self._block_mask(orders, 0, everything, is_causal=is_causal))
+        return UnionMask.of(*masks)
 
     def find_strict(
         self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
@@ -125,15 +105,35 @@ class SortLSH(AbstractDetector):
         earlier_query: torch.Tensor | None = None,
     ) -> HeavyMask:  # fmt: skip
         """Return masks in which a row's keys depend on its own query alone."""
-        form = self._bucket_mask if is_causal else self._placed_mask
-        return self._each_round(form, query, key, generator, is_causal=is_causal)
+        if is_causal:
+            return self.find(query, key, is_causal=True, generator=generator)
+        return self._each_round(self._placed_mask, query, key, generator, centre=self.centre_keys)
+
+    def find_levels(
+        self, query: torch.Tensor, key: torch.Tensor, *, leaf: int, levels: Sequence[Level],
+        scale: float | None = None, generator: torch.Generator | None = None,
+    ) -> list[BlockMask] | None:  # fmt: skip
+        """Return a mask of blocks for every level of the causal recursion, from one hash pass.
+
+        All levels share the hyperplanes of their head: a row has the same code on every level,
+        where `find_rectangle` would hash each rectangle anew. Samples stay independent. None for
+        several rounds, and for centred keys, whose mean over all keys would look ahead.
+        """
+        if self.num_rounds > 1 or self.centre_keys or not levels:
+            return None
+        (planes,) = self._hyperplanes(key, generator)
+        orders = hash_orders(query, key, planes, runs=tuple(level.size for level in levels))
+        return [
+            self._block_mask(orders, number, level_rectangles(level, key.shape[2]))
+            for number, level in enumerate(levels)
+        ]
 
     def _each_round(
         self, form: Callable[[torch.Tensor, torch.Tensor], HeavyMask], query: torch.Tensor,
-        key: torch.Tensor, generator: torch.Generator | None, *, is_causal: bool,
+        key: torch.Tensor, generator: torch.Generator | None, *, centre: bool,
     ) -> HeavyMask:  # fmt: skip
         """Unite the masks that a form makes of the codes of each round."""
-        codes = self._codes(query, key, generator, centre=self.centre_keys and not is_causal)
+        codes = self._codes(query, key, generator, centre=centre)
         return UnionMask.of(*(form(q_code, k_code) for q_code, k_code in codes))
 
     def _codes(
@@ -141,44 +141,48 @@ class SortLSH(AbstractDetector):
         *, centre: bool,
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
         """Codes of queries `[B, Hq, n_q]` and keys `[B, Hkv, n_k]`, a pair for each round."""
-        batch, key_heads, _, head_dim = key.shape
+        rounds = self._hyperplanes(key, generator)
+        if key.dtype == torch.float64:
+            rounds = rounds.double()
         if centre:
             key = key - key.mean(dim=2, keepdim=True)
-        shape = (self.num_rounds, batch, key_heads, head_dim, self.num_projections)
-        projection = normal(shape, key.device, generator)
-        if key.dtype == torch.float64:
-            projection = projection.double()
         return [
             (
-                hamming_sorted_codes(query, spread_heads(of_round, query.shape[1])),
-                hamming_sorted_codes(key, of_round),
+                hamming_sorted_codes(query, spread_heads(planes, query.shape[1])),
+                hamming_sorted_codes(key, planes),
             )
-            for of_round in projection
+            for planes in rounds
         ]
+
+    def _hyperplanes(self, key: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """Draw float32 `[rounds, B, Hkv, d, r]`, rounded to 16 bits where the keys have 16.
+
+        Then a kernel that multiplies in the inputs' dtype sees the same hyperplanes as one that
+        multiplies in float32, and every product is exact in float32: the signs are the same but
+        for the rounding of sums.
+        """
+        batch, key_heads, _, head_dim = key.shape
+        shape = (self.num_rounds, batch, key_heads, head_dim, self.num_projections)
+        planes = normal(shape, key.device, generator)
+        if key.dtype in (torch.bfloat16, torch.float16):
+            planes = planes.to(key.dtype).float()
+        return planes
 
     def _num_blocks(self, num_keys: int) -> int:
         return -(-num_keys // self.block_size)
 
-    def _block_mask(self, query_code: torch.Tensor, key_code: torch.Tensor) -> RangeMask:
-        """Blocks of equal rank: Algorithm 1."""
-        batch, heads, num_queries = query_code.shape
-        num_keys = key_code.shape[-1]
-        blocks = self._num_blocks(num_keys)
-        query_block, key_block = -(-num_queries // blocks), -(-num_keys // blocks)
-        order = query_code.sort(dim=-1, stable=True).indices
-        bounds = torch.arange(blocks + 1, device=order.device)
-        # block b owns the queries and the keys of the ranks [b, b + 1) / blocks
-        query_bounds, key_bounds = bounds * num_queries // blocks, bounds * num_keys // blocks
-        if num_queries % blocks:
-            rank = query_bounds[:-1, None] + torch.arange(query_block, device=order.device)
-            is_own = rank < query_bounds[1:, None]
-            order = torch.where(is_own, order[..., rank.clamp(max=num_queries - 1)], -1).flatten(2)
-        start, stop = key_bounds[:-1], key_bounds[1:]
-        return RangeMask(
-            batch_size=batch, num_query_heads=heads, num_queries=num_queries, num_keys=num_keys,
-            query_order=order, key_order=key_code.sort(dim=-1, stable=True).indices,
-            start=start.expand(batch, heads, -1), stop=stop.expand(batch, heads, -1),
-            tile_size=query_block, max_keys=key_block,
+    def _block_mask(
+        self, orders: HashOrders, number: int, rectangles: tuple[Places, ...], *,
+        is_causal: bool = False,
+    ) -> BlockMask:  # fmt: skip
+        """Blocks of equal rank in the orders of one run size: Algorithm 1."""
+        query_order, key_order, key_rank = (order[number] for order in orders)
+        batch, heads, num_queries = query_order.shape
+        return BlockMask(
+            batch_size=batch, num_query_heads=heads, num_queries=num_queries,
+            num_keys=key_order.shape[-1], is_causal=is_causal, query_order=query_order,
+            key_order=key_order, key_rank=key_rank, rectangles=rectangles,
+            block_size=self.block_size,
         )  # fmt: skip
 
     def _placed_mask(self, query_code: torch.Tensor, key_code: torch.Tensor) -> RangeMask:
@@ -200,8 +204,6 @@ class SortLSH(AbstractDetector):
     def _bucket_mask(self, query_code: torch.Tensor, key_code: torch.Tensor) -> HeavyMask:
         """Runs of half a block inside a bucket, in the order of positions (causal)."""
         num_queries, num_keys = query_code.shape[-1], key_code.shape[-1]
-        if num_keys <= self.block_size:
-            return replace(self._block_mask(query_code, key_code), is_causal=True)
         # the row's own key, which need not be in its own bucket, counts as one of the block
         own = BandMask(
             batch_size=query_code.shape[0], num_query_heads=query_code.shape[1],

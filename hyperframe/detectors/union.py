@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -31,6 +31,8 @@ class Union(AbstractDetector):
         >>> bool(both.find(q, k, is_causal=True).to_dense().diagonal(dim1=-2, dim2=-1).all())
         True
     """
+
+    takes_stream: ClassVar[bool] = True  # every member is asked by itself
 
     detectors: tuple[Any, ...] = ("sliding_window", "heavy_columns")
 

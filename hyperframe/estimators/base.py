@@ -13,14 +13,16 @@ import torch
 from ..component import AbstractComponent, check_non_negative_int
 from ..errors import ArgumentError
 from ..masks import HeavyMask, check_mask_type
+from ..randomness import check_generator, with_generator
 from ..rowsums import RowSumRule, RowSums
-from ..validation import check_generator, check_inputs, check_scale
+from ..validation import check_inputs, check_scale
 
 __all__ = ["AbstractEstimator"]
 
 
 def _checked(row_sums: Callable[..., RowSums]) -> Callable[..., RowSums]:
     """Check the arguments of a `row_sums` method against each other."""
+    row_sums = with_generator(row_sums)
 
     @functools.wraps(row_sums)
     def checked(
@@ -51,16 +53,22 @@ class AbstractEstimator(AbstractComponent):
     `row_sums` is the estimate by itself; `rule` is what the attention of the same mask needs to
     know so that its normaliser is that estimate. By default the estimate replaces the normaliser;
     an estimator that can be made with the columns which the attention samples anyway says so.
+
+    Attributes:
+        takes_stream: `generator` may be a `Stream`; see `AbstractDetector`.
     """
 
     kind: ClassVar[str] = "estimator"
+    takes_stream: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Wrap `row_sums` with checks of its arguments."""
+        """Wrap `row_sums` with checks of its arguments, and see to the source of draws."""
         super().__init_subclass__(**kwargs)
-        method = cls.__dict__.get("row_sums")
-        if method is not None and not getattr(method, "__isabstractmethod__", False):
-            setattr(cls, "row_sums", _checked(method))  # noqa: B010  (a method is replaced)
+        for name, wrap in (("row_sums", _checked), ("rule", with_generator)):
+            method = cls.__dict__.get(name)
+            if method is not None and not getattr(method, "__isabstractmethod__", False):
+                setattr(cls, name, wrap(method))
+                cls.takes_stream = cls.__dict__.get("takes_stream", False)
 
     @abstractmethod
     def row_sums(

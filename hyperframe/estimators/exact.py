@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -24,6 +25,8 @@ class Exact(AbstractEstimator):
 
     Cost: O(n_q n_k d) time, linear memory. Deterministic. Differentiable in query and key.
     """
+
+    takes_stream: ClassVar[bool] = True
 
     def row_sums(
         self, query: torch.Tensor, key: torch.Tensor, mask: HeavyMask, *,

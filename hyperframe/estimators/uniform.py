@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -34,6 +35,8 @@ class Uniform(AbstractEstimator):
         >>> Uniform().row_sums(q, k, mask, num_samples=2).log_sum.exp().round().tolist()
         [[[4.0, 4.0, 4.0, 4.0]]]
     """
+
+    takes_stream: ClassVar[bool] = True
 
     def row_sums(
         self, query: torch.Tensor, key: torch.Tensor, mask: HeavyMask, *,

@@ -18,7 +18,7 @@ def exact_attention(
     is_causal: bool = False,
     scale: float | None = None,
     key_padding_mask: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: object = None,
 ) -> Tensor:
     """Exact attention through PyTorch's SDPA, with the meaning that `HyperAttention` has.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..randomness import fold_in
+from ..randomness import Stream, fold_in
 from ._exact import dense_attention, exact_attention
 from ._transformers_rows import RowGroup, RowMemory, packed_rows
 
@@ -122,7 +122,7 @@ def hyperframe_attention(
     ) -> Tensor:
         if route is None or not approximate or q.shape[2] == 1:
             return exact_attention(q, k, v, is_causal=causal, scale=scaling, key_padding_mask=real)
-        generator = _generator(module, route, query.device, n_k, start, row)
+        generator = _source(module, route, query.device, n_k, start, row)
         return route.settings.attention(
             q,
             k,
@@ -260,9 +260,9 @@ def _by_rows(
     return whole
 
 
-def _generator(
+def _source(
     module: nn.Module, route: Route, device: torch.device, n_k: int, start: int, row: int
-) -> torch.Generator:
+) -> torch.Generator | Stream:
     """The random numbers of one call: its own for each layer, chunk and packed sequence.
 
     `row` is the first row of a group of rows that are packed alike, 0 where nothing is packed.
@@ -271,7 +271,8 @@ def _generator(
     fresh entropy comes from torch's global CPU generator, which `torch.utils.checkpoint` restores
     when it recomputes a forward.
     """
-    seed = getattr(route.settings.attention, "seed", 0)
+    attention = route.settings.attention
+    seed = getattr(attention, "seed", 0)
     entropy = 0
     # not `and torch.is_grad_enabled()`: reentrant checkpointing runs its first forward without
     # gradients and has to draw the same number there
@@ -279,6 +280,8 @@ def _generator(
         entropy = int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu"))
     place = (start, row) if row else (start,)
     mixed = fold_in(seed or 0, entropy, route.layer_idx, n_k, *place)
+    if getattr(attention, "takes_stream", False):
+        return Stream(mixed)
     return torch.Generator(device=device).manual_seed(mixed)
 
 

@@ -20,7 +20,8 @@ softcap, sinks with their own logit, position biases, paged caches and, on appro
 masks per query and key are refused by name. Packed sequences are separated in causal models only,
 as transformers does.
 
-Not covered: `torch.compile` of a prefill in one graph (a random generator breaks the graph).
+Not covered: `torch.compile` of a prefill in one graph (whether rows are packed is read from
+`position_ids`, which breaks the graph).
 """
 
 from __future__ import annotations
@@ -133,7 +134,9 @@ def apply(
             layer indices; negative ones count from the end.
         attention: a callable to use instead of `HyperAttention(**attention_args)`, called as
             `attention(query, key, value, is_causal=, scale=, key_padding_mask=, generator=)` with
-            the shapes of `HyperAttention`; its `seed` attribute, if any, seeds the generator.
+            the shapes of `HyperAttention`; its `seed` attribute, if any, seeds the
+            generator: a `torch.Generator`, or a `hyperframe.randomness.Stream` where its attribute
+            `takes_stream` is True.
         observer: called with an `AttentionCall` after every attention call, exact or not. It makes
             each call wait for the device.
         **attention_args: options of `HyperAttention`, for example `detector="sort_lsh"`.

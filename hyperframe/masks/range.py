@@ -70,7 +70,7 @@ class RangeMask(HeavyMask):
         in_tile = in_group % tile_size
         tile = (in_tile == 0).cumsum(dim=-1) - 1
         num_tiles = -(-num_queries // tile_size) + min(max_groups + 1, num_queries)
-        if start.device.type == "cpu":
+        if start.device.type == "cpu" and not torch.compiler.is_compiling():
             num_tiles = int(tile.max()) + 1  # reading a value is free there, empty tiles are not
         slots = torch.full((batch_size, heads, num_tiles * tile_size), -1, device=start.device)
         # rows without keys get tiles too, with an empty range: the residual may still reach them

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from ..component import AbstractComponent, check_non_negative_int
 from ..errors import ArgumentError
-from ..randomness import uniform
+from ..randomness import check_generator, uniform, with_generator
+from ..rectangles import Places
 from ..samples import KeySample, SampleDraw
-from ..validation import check_generator, check_inputs
+from ..tables import int_table, kept
+from ..validation import check_inputs
 
 __all__ = ["AbstractSampler"]
 
@@ -31,10 +34,22 @@ class AbstractSampler(AbstractComponent):
     Attributes:
         uses_queries: the density looks at queries; refused under `strict_causal=True`, where
             later queries must not move the draws of earlier rows.
+        takes_stream: `generator` may be a `Stream`; see `AbstractDetector`. Of no concern to a
+            sampler that has a density and draws as this class does.
     """
 
     kind: ClassVar[str] = "sampler"
     uses_queries: ClassVar[bool] = False
+    takes_stream: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """See to the source of draws where a subclass draws in a way of its own."""
+        super().__init_subclass__(**kwargs)
+        for name in ("sample", "sample_prefixes", "sample_rectangles", "draws"):
+            method = cls.__dict__.get(name)
+            if method is not None:
+                setattr(cls, name, with_generator(method))
+                cls.takes_stream = cls.__dict__.get("takes_stream", False)
 
     @abstractmethod
     def density(
@@ -76,8 +91,9 @@ class AbstractSampler(AbstractComponent):
         draws = uniform((batch, heads, num_samples), key.device, generator)
         if density is None:
             index = (draws * num_keys).long().clamp(max=num_keys - 1)
-            weight = torch.full(index.shape, num_keys / max(1, num_samples), device=key.device)
-            return KeySample(index=index, log_weight=weight.log())
+            each = math.log(num_keys / max(1, num_samples))
+            weights = torch.full(index.shape, each, dtype=torch.float32, device=key.device)
+            return KeySample(index=index, log_weight=weights)
         density = torch.maximum(density, _SMALLEST_SHARE * density.mean(dim=-1, keepdim=True))
         density = torch.where(density.amax(dim=-1, keepdim=True) > 0, density, 1.0)
         cumulative = density.cumsum(dim=-1)
@@ -151,6 +167,38 @@ class AbstractSampler(AbstractComponent):
         log_weight = torch.where(is_whole, whole_weight, log_weight.float())
         return KeySample(index=index, log_weight=log_weight)
 
+    def sample_rectangles(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, num_samples: int,
+        rectangles: tuple[Places, ...], generator: torch.Generator | None = None,
+    ) -> KeySample | None:  # fmt: skip
+        """Draw a sample of the keys of each of several rectangles, if they are drawn uniformly.
+
+        A rectangle of at most `num_samples` keys is taken whole, every key once with weight 1.
+
+        Args:
+            query: as in `density`.
+            key: as in `density`.
+            value: as in `density`.
+            num_samples: number of draws `m` for each rectangle, at least 1.
+            rectangles: `(query_start, query_stop, key_start, key_stop)` positions of each.
+            generator: source of the draws.
+
+        Returns:
+            `index` int64 and `log_weight` float32, both `[batch, key_heads, rectangles, m]`; None
+            for a sampler that has a density or draws in a way of its own.
+        """
+        own = (type(self).sample, type(self).draws)
+        if own != (AbstractSampler.sample, AbstractSampler.draws):
+            return None
+        if self._checked_density(query, key, value) is not None:
+            return None
+        table = _rectangle_table(rectangles, num_samples, key.device)
+        shape = (*key.shape[:2], len(rectangles), num_samples)
+        index = (uniform(shape, key.device, generator) * table.length).long() + table.start
+        if table.is_whole is not None and table.whole is not None:
+            index = torch.where(table.is_whole, table.whole, index)
+        return KeySample(index=index, log_weight=table.log_weight.expand(shape))
+
     def _checked_density(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor | None:
@@ -164,10 +212,7 @@ class AbstractSampler(AbstractComponent):
                 f"{density.dtype}; it must be floating point [batch, key_heads, n_k] = "
                 f"{tuple(key.shape[:3])}"
             )
-        # elsewhere than on the CPU, looking at values would make every call wait
-        if density.device.type == "cpu" and not bool(
-            (density >= 0).all() & density.isfinite().all()
-        ):
+        if _can_look_at(density) and not bool((density >= 0).all() & density.isfinite().all()):
             raise ArgumentError(
                 f"{self.name}: its density is negative or not finite somewhere (smallest value "
                 f"{float(density.min())}, largest {float(density.max())}); look for NaN in the "
@@ -208,7 +253,7 @@ class AbstractSampler(AbstractComponent):
                     query, key, value, num_samples=num_samples, generator=generator
                 )
             index = sample.index
-            if index.device.type == "cpu" and bool(((index < 0) | (index >= num_keys)).any()):
+            if _can_look_at(index) and bool(((index < 0) | (index >= num_keys)).any()):
                 raise ArgumentError(
                     f"{self.name}: it drew a key outside 0..{num_keys - 1} (largest index "
                     f"{int(index.max())}); clamp what it returns"
@@ -216,3 +261,35 @@ class AbstractSampler(AbstractComponent):
             return sample
 
         return draw
+
+
+def _can_look_at(tensor: torch.Tensor) -> bool:
+    """Whether values may be read: on other devices every call would wait, a graph would break."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+class _RectangleTable(NamedTuple):
+    """What draws from rectangles need, `[rectangles, 1]` or `[rectangles, m]`."""
+
+    length: torch.Tensor  # float64
+    start: torch.Tensor  # int64
+    log_weight: torch.Tensor  # float32
+    is_whole: torch.Tensor | None = None  # bool; None if all rectangles are drawn from
+    whole: torch.Tensor | None = None  # int64, the keys of those that are not
+
+
+@kept
+def _rectangle_table(
+    rectangles: tuple[Places, ...], num_samples: int, device: torch.device
+) -> _RectangleTable:
+    bounds = int_table([places[2:] for places in rectangles], 2, device).long()
+    start, stop = bounds[:, :1], bounds[:, 1:]
+    length = (stop - start).double()
+    log_weight = torch.log(length / max(1, num_samples))
+    if all(last - first > num_samples for _, _, first, last in rectangles):
+        return _RectangleTable(length, start, log_weight.float())
+    slot = torch.arange(num_samples, device=device)
+    is_whole = length <= num_samples
+    log_weight = torch.where(is_whole, torch.where(slot < length, 0.0, -torch.inf), log_weight)
+    whole = torch.minimum(start + slot, stop - 1)
+    return _RectangleTable(length, start, log_weight.float(), is_whole, whole)

@@ -18,13 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
+from ..blockplan import BlockPlan
+from ..builder import build_level_plans
 from ..errors import MissingDependencyError
-from ..masks import BandMask, HeavyMask, ListMask, RangeMask, UnionMask
+from ..masks import BandMask, BlockMask, HeavyMask, ListMask, RangeMask, UnionMask
 from ..plan import RankRanges, TilePlan
 from ..ragged import spread_heads
+from ..rectangles import Places
 from ..samples import KeySample
 
 try:
@@ -42,6 +46,7 @@ __all__ = [
     "AttentionInputs",
     "Problem",
     "attention_inputs",
+    "block_plans",
     "key_samples",
     "masks",
     "plans",
@@ -51,7 +56,7 @@ __all__ = [
 STRUCTURES = ("plain", "ties", "duplicates", "zero_rows", "huge_norms", "planted", "constant")
 """What `attention_inputs` does to normal numbers; see there."""
 
-MASK_FORMS = ("band", "list", "columns", "entries", "range", "range_of_rows", "union")
+MASK_FORMS = ("band", "list", "columns", "entries", "range", "range_of_rows", "block", "union")
 """The forms of `masks`."""
 
 PLAN_FEATURES = (
@@ -238,7 +243,8 @@ def masks(
 
     The forms: `band` with and without sinks; `list`, tiles of any size, lists by query head or
     shared by a group; `columns`; `entries`, one list a row; `range`, tiles over an order, every row
-    in a slot; `range_of_rows`, every row its own range or none; `union` of two or three others.
+    in a slot; `range_of_rows`, every row its own range or none; `block`, blocks of rectangles, some
+    of which leave rows and keys out; `union` of two or three others.
 
     Args:
         draw: given by Hypothesis.
@@ -278,6 +284,8 @@ def _single_mask(sizes: Problem, form: str, is_causal: bool, draw: st.DrawFn) ->
         )  # fmt: skip
     if form in ("range", "range_of_rows"):
         return _range_mask(sizes, form, is_causal, draw)
+    if form == "block":
+        return _block_mask(sizes, is_causal, draw)
     heads = draw(st.sampled_from([sizes.key_heads, sizes.query_heads]))
     tile_size = {"columns": sizes.num_queries, "entries": 1}.get(form) or draw(
         st.integers(1, sizes.num_queries + 1)
@@ -342,6 +350,41 @@ def _range_mask(sizes: Problem, form: str, is_causal: bool, draw: st.DrawFn) -> 
     )  # fmt: skip
 
 
+def _block_mask(sizes: Problem, is_causal: bool, draw: st.DrawFn) -> BlockMask:
+    count = draw(st.integers(1, min(3, sizes.num_queries, sizes.num_keys)))
+    whole = count == 1 and draw(st.booleans())
+
+    def runs(length: int) -> list[tuple[int, int]]:
+        """Runs of places that do not meet, in any order."""
+        if whole:
+            return [(0, length)]
+        places = st.lists(st.integers(0, length), min_size=count + 1, max_size=2 * count,
+                          unique=True)  # fmt: skip
+        if length < count + 1:
+            places = st.just(list(range(length + 1)))
+        bounds = sorted(draw(places))
+        return draw(st.permutations(list(pairwise(bounds))))[:count]
+
+    rectangles: tuple[Places, ...] = tuple(
+        (*rows, *keys)
+        for rows, keys in zip(runs(sizes.num_queries), runs(sizes.num_keys), strict=True)
+    )
+    generator = _generator(draw(_seeds))
+
+    def order(heads: int, length: int) -> torch.Tensor:
+        drawn = torch.rand(sizes.batch, heads, length, generator=generator).argsort(dim=-1)
+        return drawn.int()
+
+    key_order = order(sizes.key_heads, sizes.num_keys)
+    return BlockMask(
+        batch_size=sizes.batch, num_query_heads=sizes.query_heads, num_queries=sizes.num_queries,
+        num_keys=sizes.num_keys, is_causal=is_causal, rectangles=rectangles,
+        query_order=order(sizes.query_heads, sizes.num_queries), key_order=key_order,
+        key_rank=key_order.argsort(dim=-1).int() if draw(st.booleans()) else None,
+        block_size=draw(st.integers(1, sizes.num_keys)) if draw(st.booleans()) else sizes.num_keys,
+    )  # fmt: skip
+
+
 @st.composite
 def key_samples(
     draw: st.DrawFn, problem: Problem | None = None, *, max_samples: int = 6
@@ -369,6 +412,43 @@ def key_samples(
         index=torch.randint(sizes.num_keys, shape, generator=generator),
         log_weight=log_weight.masked_fill(is_unused, _NEG_INF),
     )
+
+
+@st.composite
+def block_plans(
+    draw: st.DrawFn, problem: Problem | None = None, *, max_samples: int = 6
+) -> BlockPlan:
+    """Draw a block plan: up to three rectangles, with samples of their own or without.
+
+    Samples repeat, have any weight or none, and are keys of the whole problem.
+
+    Args:
+        draw: given by Hypothesis.
+        problem: the sizes; None draws one for the whole test.
+        max_samples: the most samples of a rectangle.
+
+    Example:
+        >>> from hypothesis import given
+        >>> @given(block_plans())
+        ... def test_the_lists_of_the_tiles_mean_the_same(plan):
+        ...     assert plan.to_tile_plan().to_dense().equal(plan.to_dense())
+        >>> test_the_lists_of_the_tiles_mean_the_same()
+    """
+    sizes = draw(_SHARED_PROBLEM) if problem is None else problem
+    mask = _block_mask(sizes, False, draw)
+    num_samples = draw(st.integers(0, max_samples))
+    generator = _generator(draw(_seeds))
+
+    def sample(rectangles: tuple[Places, ...]) -> KeySample:
+        shape = (sizes.batch, sizes.key_heads, len(rectangles), num_samples)
+        log_weight = torch.randn(shape, generator=generator)
+        is_unused = torch.rand(shape, generator=generator) < 0.2
+        index = torch.randint(sizes.num_keys, shape, generator=generator)
+        return KeySample(index=index, log_weight=log_weight.masked_fill(is_unused, _NEG_INF))
+
+    made = build_level_plans([mask], sample if num_samples else None)
+    assert made is not None
+    return made[0]
 
 
 @st.composite

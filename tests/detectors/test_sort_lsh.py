@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from hyperframe.detectors.sort_lsh import SortLSH, hamming_sorted_codes, inverse_gray
-from hyperframe.masks import BandMask
+from hyperframe.errors import ArgumentError
+from hyperframe.masks import BandMask, BlockMask
+from hyperframe.rectangles import Level, causal_levels, leaf_size
 
 FALSE_ALARM = 1e-6
 
@@ -130,6 +133,41 @@ def test_a_row_holds_the_keys_of_its_share_of_ranks(num_queries: int, block_size
             for row in own_rows:
                 expected[0, head, row, own_columns] = True
     assert torch.equal(dense, expected)
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (37, 23), (5, 40)])
+@pytest.mark.parametrize("centre", [False, True])
+def test_blocks_of_grouped_heads_and_batches_follow_the_codes_of_their_key_head(
+    shape: tuple[int, int], centre: bool
+) -> None:
+    query, key = tensors(batch=2, heads=6, key_heads=3, num_queries=shape[0], num_keys=shape[1])
+    detector = SortLSH(block_size=7, num_projections=4, centre_keys=centre)
+    mask = detector.find(query, key, generator=generator(8))
+    assert isinstance(mask, BlockMask)
+    assert mask.rectangles == ((0, shape[0], 0, shape[1]),)
+    query_code, key_code = codes(detector, query, key, 8, centre=centre)
+    assert torch.equal(mask.query_order.long(), query_code.argsort(dim=-1, stable=True))
+    order = mask.key_order.repeat_interleave(2, dim=1).long()
+    assert torch.equal(order, key_code.argsort(dim=-1, stable=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_hyperplanes_for_16_bit_inputs_have_16_bits_and_products_are_in_float32(
+    dtype: torch.dtype,
+) -> None:
+    query, key = (x.to(dtype) for x in tensors())
+    detector = SortLSH(block_size=8)
+    planes = detector._hyperplanes(key, generator())
+    assert planes.dtype == torch.float32
+    assert torch.equal(planes, planes.to(dtype).float())
+    assert not torch.equal(planes, detector._hyperplanes(key.float(), generator()))
+    dense = detector.find(query, key, generator=generator()).to_dense()
+    product = query.double() @ planes[0].double().repeat_interleave(2, dim=1)
+    code = inverse_gray(((product > 0).long() << torch.arange(7)).sum(dim=-1))
+    assert torch.equal(hamming_sorted_codes(query, planes[0].repeat_interleave(2, 1)), code)
+    mask = detector.find(query, key, generator=generator())
+    assert torch.equal(mask.query_order.long(), code.argsort(dim=-1, stable=True))
+    assert torch.equal(mask.to_dense(), dense)
 
 
 @given(
@@ -305,6 +343,108 @@ def test_every_form_stores_linear_memory() -> None:
         for part in mask.parts():
             if isinstance(part, BandMask):  # stores nothing
                 continue
+            if isinstance(part, BlockMask):
+                assert part.key_rank is not None
+                stored = (part.query_order, part.key_order, part.key_rank, part.tiles().table)
+                assert max(t.numel() for t in stored) == 2 * 512
+                assert all(t.dtype == torch.int32 for t in stored)
+                continue
             stored = (part.query_order, part.key_order, part.start, part.stop)
             # buckets leave tiles half empty: 2^7 of them, in tiles of 32 rows
             assert max(t.numel() for t in stored) <= 2 * (512 + 128 * 32)
+
+
+# --------------------------------------------------------------------------------- levels
+
+
+def levels_of(length: int, longest: int) -> tuple[int, list[Level]]:
+    leaf = leaf_size(length, longest)
+    return leaf, causal_levels(length, leaf)
+
+
+@pytest.mark.parametrize("length", [64, 61, 37, 9])
+@pytest.mark.parametrize("longest", [1, 4, 7])
+def test_the_masks_of_all_levels_are_blocks_of_the_rectangles_of_algorithm_4(
+    length: int, longest: int
+) -> None:
+    query, key = tensors(batch=2, heads=4, key_heads=2, num_queries=length, num_keys=length)
+    detector = SortLSH(block_size=5, num_projections=3)
+    leaf, levels = levels_of(length, longest)
+    masks = detector.find_levels(query, key, leaf=leaf, levels=levels, generator=generator(3))
+    assert masks is not None
+    query_code, key_code = codes(detector, query, key, 3)
+    covered = torch.zeros(2, 4, length, length, dtype=torch.int64)
+    for level, mask in zip(levels, masks, strict=True):
+        expected = torch.zeros_like(covered, dtype=torch.bool)
+        runs = torch.arange(length).split(level.size)
+        for even, odd in zip(runs[::2], runs[1::2], strict=False):
+            blocks = -(-len(even) // 5)
+            rows = query_code[:, :, odd].argsort(dim=-1, stable=True) + odd[0]
+            columns = key_code[:, :, even].argsort(dim=-1, stable=True) + even[0]
+            for b in range(blocks):
+                own_rows = rows[..., b * len(odd) // blocks : (b + 1) * len(odd) // blocks]
+                own = columns[..., b * len(even) // blocks : (b + 1) * len(even) // blocks]
+                batch, head = torch.arange(2).view(2, 1, 1, 1), torch.arange(4).view(1, 4, 1, 1)
+                expected[batch, head, own_rows.unsqueeze(-1), own.unsqueeze(-2)] = True
+        assert torch.equal(mask.to_dense(), expected)
+        covered += expected
+    assert covered.max() <= 1  # levels are disjoint
+    in_leaf = torch.arange(length) // leaf
+    below = (in_leaf[:, None] > in_leaf).expand_as(covered)
+    assert (covered[~below] == 0).all()  # nothing in a leaf, nothing above the diagonal
+
+
+def test_blocks_of_any_size_hold_all_that_is_below_the_leaves() -> None:
+    query, key = tensors(num_queries=37, num_keys=37)
+    leaf, levels = levels_of(37, 5)
+    masks = SortLSH(block_size=32).find_levels(query, key, leaf=leaf, levels=levels)
+    assert masks is not None
+    run = torch.arange(37) // leaf
+    total = torch.stack([mask.to_dense() for mask in masks]).sum(dim=0)
+    assert torch.equal(total, (run[:, None] > run).long().expand_as(total))
+
+
+@pytest.mark.parametrize("options", [{"num_rounds": 2}, {"centre_keys": True}])
+def test_rounds_and_centred_keys_have_no_levels_and_draw_nothing(options: dict[str, int]) -> None:
+    query, key = tensors()
+    leaf, levels = levels_of(40, 8)
+    source = generator(1)
+    before = source.get_state()
+    detector = SortLSH(**options)  # type: ignore[arg-type]
+    found = detector.find_levels(query, key, leaf=leaf, levels=levels, generator=source)
+    assert found is None
+    assert torch.equal(source.get_state(), before)
+
+
+def test_a_subclass_that_finds_otherwise_is_asked_for_every_rectangle() -> None:
+    class Otherwise(SortLSH):
+        def find(self, query, key, **options):  # type: ignore[no-untyped-def]
+            return super().find(key, query, **options)
+
+    query, key = tensors(heads=1)
+    leaf, levels = levels_of(40, 8)
+    assert Otherwise().find_levels(query, key, leaf=leaf, levels=levels) is None
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("count", "no masks of the levels' rectangles"),
+        ("sizes", "no masks of the levels' rectangles"),
+        ("order", "moved rows between runs of 5"),
+    ],
+)
+def test_levels_of_other_rectangles_or_runs_are_refused(fault: str, message: str) -> None:
+    class Wrong(SortLSH):
+        def find_levels(self, query, key, *, leaf, levels, **options):  # type: ignore[no-untyped-def]
+            if fault == "sizes":
+                levels = levels[::-1]
+            masks = super().find_levels(query, key, leaf=leaf, levels=levels, **options)
+            if fault == "order":
+                masks[0] = replace(masks[0], key_order=masks[0].key_order.flip(-1), key_rank=None)
+            return masks[1:] if fault == "count" else masks
+
+    query, key = tensors()
+    leaf, levels = levels_of(40, 8)
+    with pytest.raises(ArgumentError, match=message):
+        Wrong(block_size=4).find_levels(query, key, leaf=leaf, levels=levels)

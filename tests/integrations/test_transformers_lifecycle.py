@@ -12,6 +12,7 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 from hyperframe.integrations.transformers import AttentionCall, apply, remove  # noqa: E402
+from hyperframe.randomness import Stream  # noqa: E402
 
 
 class Noisy:
@@ -142,6 +143,27 @@ def test_rows_packed_in_different_ways_draw_their_own_numbers(llama: Any, tokens
     noisy.drawn.clear()
     llama(tokens, use_cache=False)
     assert noisy.drawn == alike[::2]
+
+
+@torch.no_grad()
+def test_an_attention_that_takes_streams_gets_them(llama: Any, tokens: Tensor) -> None:
+    sources = []
+
+    def attend(query: Tensor, *rest: Tensor, generator: Stream, **options: Any) -> Tensor:
+        sources.append(generator)
+        return query * 0
+
+    def seeds() -> list[int | Tensor]:
+        sources.clear()
+        llama(tokens)
+        assert all(type(source) is Stream for source in sources)
+        return [source.seed for source in sources]
+
+    attend.takes_stream = True  # type: ignore[attr-defined]
+    apply(llama, attention=attend)
+    first = seeds()
+    assert len(set(first)) == 3  # one for each layer
+    assert seeds() == first
 
 
 @torch.no_grad()

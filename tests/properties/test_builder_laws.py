@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hyperframe.blockplan import BlockPlan
 from hyperframe.builder import SampleDraw, build_plans
-from hyperframe.masks import HeavyMask
+from hyperframe.masks import BlockMask, HeavyMask
 from hyperframe.samples import KeySample
 from hyperframe.testing.strategies import Problem, key_samples, masks, problems
 
@@ -37,7 +38,9 @@ def test_the_exact_parts_of_the_plans_add_up_to_the_mask(
     mask = data.draw(masks(problem))
     draw = draw_of(data.draw(key_samples(problem)), []) if with_sample else None
     plans = build_plans(mask, key_heads=problem.key_heads, draw=draw)
-    for plan in plans:
+    for made in plans:
+        made.validate()
+        plan = made.to_tile_plan() if isinstance(made, BlockPlan) else made
         plan.validate()
         # a maker that vouches for disjoint lists has to be right
         again = plan.deduplicated().to_dense()
@@ -74,14 +77,19 @@ def test_plans_are_one_for_each_order_and_one_for_the_rest(mask: HeavyMask) -> N
     others = [part for part in mask.parts() if not hasattr(part, "key_order")]
     plans = build_plans(mask, key_heads=mask.num_query_heads)
     assert len(plans) == len(orders) + bool(others)
-    assert all(plan.is_causal == mask.is_causal for plan in plans)
+    if isinstance(mask, BlockMask) and not mask.is_causal:
+        assert isinstance(plans[0], BlockPlan)
+        return
+    for plan in plans:
+        assert not isinstance(plan, BlockPlan)
+        assert plan.is_causal == mask.is_causal
 
 
 @given(problems(), st.booleans(), st.data())
 def test_plans_of_several_orders_hold_no_entry_twice(
     problem: Problem, is_causal: bool, data: st.DataObject
 ) -> None:
-    orders = masks(problem, forms=["range", "range_of_rows"], is_causal=is_causal)
+    orders = masks(problem, forms=["range", "range_of_rows", "block"], is_causal=is_causal)
     mask = data.draw(orders) | data.draw(orders) | data.draw(masks(problem, is_causal=is_causal))
     plans = build_plans(mask, key_heads=problem.key_heads)
     heavy = torch.stack([plan.to_dense(part="heavy") for plan in plans]).sum(dim=0)

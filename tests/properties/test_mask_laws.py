@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyperframe.masks import HeavyMask, ListMask, RangeMask
+from hyperframe.masks import BlockMask, HeavyMask, ListMask, RangeMask
 from hyperframe.testing.strategies import Problem, masks, problems
 
 LISTS = ("list", "columns", "entries")
@@ -81,8 +81,12 @@ def test_a_rectangle_of_a_mask_is_the_block_of_its_dense_form(
     assert part.key_index.shape[2] == -(-rows // part.tile_size)
 
 
-@given(masks(forms=["range", "range_of_rows"]))
-def test_every_row_of_a_range_mask_has_one_slot_and_one_range(mask: RangeMask) -> None:
+@given(masks(forms=["range", "range_of_rows", "block"]))
+def test_every_row_of_a_range_mask_has_one_slot_and_one_range(
+    mask: RangeMask | BlockMask,
+) -> None:
+    if isinstance(mask, BlockMask):
+        mask = mask.to_ranges()
     slots = mask.query_order.sort(dim=-1).values[..., -mask.num_queries :]
     assert torch.equal(slots, torch.arange(mask.num_queries).expand_as(slots))
     start, stop = mask.row_ranges()
@@ -115,3 +119,36 @@ def test_ranges_of_rows_are_the_ranges_that_the_rows_named(
     ).unsqueeze(2)  # fmt: skip
     held = (start.unsqueeze(-1) <= rank) & (rank < stop.unsqueeze(-1))
     assert torch.equal(mask.to_dense(), held & causal(mask) if is_causal else held)
+
+
+@given(masks(forms=["block"]))
+def test_a_block_mask_holds_blocks_of_equal_rank_inside_its_rectangles(mask: BlockMask) -> None:
+    expected = torch.zeros(
+        mask.batch_size, mask.num_query_heads, mask.num_queries, mask.num_keys, dtype=torch.bool
+    )
+    group = mask.num_query_heads // mask.key_order.shape[1]
+    for batch, head in torch.cartesian_prod(
+        torch.arange(mask.batch_size), torch.arange(mask.num_query_heads)
+    ).tolist():
+        rows = mask.query_order[batch, head].tolist()
+        keys = mask.key_order[batch, head // group].tolist()
+        for row_start, row_stop, key_start, key_stop in mask.rectangles:
+            own_rows, own_keys = rows[row_start:row_stop], keys[key_start:key_stop]
+            blocks = -(-len(own_keys) // mask.block_size)
+            for b in range(blocks):
+                held = own_keys[b * len(own_keys) // blocks : (b + 1) * len(own_keys) // blocks]
+                for row in own_rows[
+                    b * len(own_rows) // blocks : (b + 1) * len(own_rows) // blocks
+                ]:
+                    expected[batch, head, row, held] = True
+    if mask.is_causal:
+        expected &= causal(mask)
+    assert torch.equal(mask.to_dense(), expected)
+    assert torch.equal(mask.to_ranges().to_dense(), expected)
+    assert torch.equal(mask.nnz(), expected.sum(dim=(-2, -1)))
+    assert mask.validate() is mask
+    rank = mask.rank_of_keys().gather(-1, mask.key_order.long())
+    assert torch.equal(rank.long(), torch.arange(mask.num_keys).expand_as(rank))
+    assert mask.is_full == all(k1 - k0 <= mask.block_size for _, _, k0, k1 in mask.rectangles)
+    covered = {row for start, stop, _, _ in mask.rectangles for row in range(start, stop)}
+    assert mask.covers_all_rows == (len(covered) == mask.num_queries)

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from hyperframe import testing
-from hyperframe.masks import BandMask, HeavyMask, ListMask, RangeMask, UnionMask
+from hyperframe.blockplan import BlockPlan
+from hyperframe.masks import BandMask, BlockMask, HeavyMask, ListMask, RangeMask, UnionMask
 from hyperframe.plan import TilePlan
 from hyperframe.samples import KeySample
 from hyperframe.testing import strategies
@@ -23,6 +24,7 @@ from hyperframe.testing.strategies import (
     AttentionInputs,
     Problem,
     attention_inputs,
+    block_plans,
     key_samples,
     masks,
     plans,
@@ -110,7 +112,7 @@ def test_an_example_prints_its_shapes_and_seed_and_no_numbers() -> None:
 @pytest.mark.hypothesis
 def test_masks_come_in_every_form() -> None:
     found: list[HeavyMask] = some(masks(PROBLEM))
-    for form in (BandMask, ListMask, RangeMask, UnionMask):
+    for form in (BandMask, BlockMask, ListMask, RangeMask, UnionMask):
         assert any(isinstance(mask, form) for mask in found), form
     density = torch.tensor([mask.nnz().sum() / (8 * 9 * 12) for mask in found])
     assert (density == 0).any()
@@ -121,6 +123,21 @@ def test_masks_come_in_every_form() -> None:
     assert any(mask.key_index.shape[2] > 1 and mask.key_index.stride(2) == 0 for mask in lists)
     assert {mask.is_causal for mask in found} == {True, False}
     assert all(mask.is_causal for mask in some(masks(PROBLEM, is_causal=True), 20))
+
+
+@pytest.mark.hypothesis
+def test_block_plans_come_in_every_kind() -> None:
+    found: list[BlockPlan] = some(block_plans(PROBLEM), 100)
+    for plan in found:
+        plan.validate()
+        assert plan.key_order.shape[1] == 2
+    assert {plan.num_samples > 0 for plan in found} == {True, False}
+    assert {len(plan.rectangles) for plan in found} == {1, 2, 3}
+    assert any(len(plan.tiles) > len(plan.rectangles) for plan in found)
+    whole = [bool((plan.to_dense(part="heavy").sum(-1) > 0).all()) for plan in found]
+    assert set(whole) == {True, False}
+    sampled = [plan for plan in found if plan.sample_log_weight is not None]
+    assert any(bool((plan.sample_log_weight == -torch.inf).any()) for plan in sampled)
 
 
 PLAN_HOLDS: dict[str, Callable[[TilePlan], bool]] = {

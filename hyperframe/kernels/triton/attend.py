@@ -1,0 +1,395 @@
+"""Forward and backward of several plans and exact leaves as one state, in Triton kernels.
+
+The forward of each plan merges into the state that the plans before it left: one `(out, lse)` and no
+partial states. The backward therefore sees one softmax over everything: with the final `out` and
+`lse`, every plan (and the fused kernel of the leaves) gives just its part of the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ...blockplan import BlockPlan
+from ...plan import TilePlan
+from .arguments import BLOCKED, PlanView, kernel_arguments, view_of
+from .backward_keys import add_samples_kernel, backward_keys_kernel
+from .backward_rows import backward_rows_kernel, delta_kernel
+from .configs import Config, choose, launch, padded
+from .forward import forward_kernel
+
+__all__ = ["backward", "forward"]
+
+_LISTED, _RANGE, _SAMPLED = 0, 1, 2
+_FEWEST_ROWS_BY_KEY = 256  # rows of a tile from which keys are worth a kernel of their own
+_PROGRAMS = 2048  # enough to fill a GPU
+_CHUNK_BYTES = 1 << 30  # of gradients stored by slot
+
+Plan = TilePlan | BlockPlan
+
+
+def _precision(query: torch.Tensor) -> str:
+    """True float32 products unless the user has asked PyTorch for TF32."""
+    asked = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if asked else "ieee"
+
+
+def _shape(query: torch.Tensor, value: torch.Tensor) -> dict[str, Any]:
+    return {
+        "BLOCK_D": padded(query.shape[-1]), "BLOCK_DV": padded(value.shape[-1]),
+        "PRECISION": _precision(query),
+    }  # fmt: skip
+
+
+def _variant(view: PlanView, query: torch.Tensor, value: torch.Tensor) -> tuple[Any, ...]:
+    """What a kernel is compiled for, but for its block sizes."""
+    return (
+        query.dtype, query.shape[-1], value.shape[-1], view.rows, view.group,
+        *view.variant.values(), query.device.index,
+    )  # fmt: skip
+
+
+def forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plans: Sequence[Plan],
+    leaf: int | None, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return `out`, `lse` and which rows took the floor (int8, empty without floors)."""
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    batch, heads, rows, _ = query.shape
+    views = [view_of(plan, query) for plan in plans]
+    floored = query.new_empty(0, dtype=torch.int8)
+    if any(view.variant["HAS_FLOOR"] for view in views):
+        floored = torch.zeros((batch, heads, rows), dtype=torch.int8, device=query.device)
+    if leaf is not None:
+        from ..fused_exact import leaf_forward
+
+        out, lse = leaf_forward(query, key, value, leaf=leaf, scale=scale)
+        out, lse = out.contiguous(), lse.contiguous()
+    else:
+        shape = (batch, heads, rows)
+        fill = not (views and views[0].covers_all_rows)
+        make = torch.zeros if fill else torch.empty
+        out = make((*shape, value.shape[-1]), dtype=query.dtype, device=query.device)
+        lse = torch.empty(shape, dtype=torch.float32, device=query.device)
+        if fill:
+            lse.fill_(float("-inf"))
+    for number, view in enumerate(views):
+        merge = number > 0 or leaf is not None
+        _forward_plan(query, key, value, view, out, lse, floored, scale, merge=merge)
+    return out, lse, floored
+
+
+def _forward_plan(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, view: PlanView, out: torch.Tensor,
+    lse: torch.Tensor, floored: torch.Tensor, scale: float, *, merge: bool,
+) -> None:  # fmt: skip
+    given = {
+        **kernel_arguments(view, query, key, value, scale), **_shape(query, value),
+        "out_ptr": out, "lse_ptr": lse, "floored_ptr": floored,
+        "o_batch": out.stride(0), "o_head": out.stride(1), "o_row": out.stride(2),
+        "HAS_RANGE": view.range_slots > 0, "HAS_LIST": view.list_slots > 0, "MERGE": merge,
+    }  # fmt: skip
+    given.setdefault("floor_ptr", query)
+    tile_rows = view.tile_slots * view.group
+    programs = query.shape[0] * view.plan_heads * view.num_tiles
+    if programs == 0 or query.shape[2] == 0:
+        return
+    launch(
+        forward_kernel, ("forward", merge, *_variant(view, query, value)),
+        choose("forward", query, value, tile_rows, max(view.list_slots, view.range_slots)),
+        lambda config: programs * -(-tile_rows // config.block_m),
+        lambda config: {**given, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
+    )  # fmt: skip
+
+
+def backward(
+    grad_out: torch.Tensor, grad_lse: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor,
+    value: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, floored: torch.Tensor,
+    plans: Sequence[Plan], leaf: int | None, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return the gradients of query, and of keys and values with any summaries behind them.
+
+    Leaves take no gradient of `lse`: the caller keeps them out of such a call.
+    """
+    query, key, value, grad_out = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, grad_out)
+    )
+    delta = _delta(out, grad_out, grad_lse)
+    views = [view_of(plan, query) for plan in plans]
+    sums = _Gradients(query, key, value, views, leaf)
+    if leaf is not None:
+        from ..fused_exact import leaf_backward
+
+        sums.start(leaf_backward(grad_out, query, key, value, out, lse, leaf=leaf, scale=scale))
+    for view in views:
+        given = {
+            **kernel_arguments(view, query, key, value, scale), **_shape(query, value),
+            "grad_out_ptr": grad_out, "g_batch": grad_out.stride(0), "g_head": grad_out.stride(1),
+            "g_row": grad_out.stride(2), "lse_ptr": lse, "delta_ptr": delta,
+            "floored_ptr": floored, "first_program": 0,
+        }  # fmt: skip
+        given.pop("floor_ptr", None)
+        if view.rows == BLOCKED:
+            _block_gradients(query, key, value, view, given, sums)
+        else:
+            _tile_gradients(query, key, value, view, given, sums)
+    return sums.result()
+
+
+def _delta(
+    out: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor | None
+) -> torch.Tensor:
+    batch, heads, rows, width = out.shape
+    delta = torch.empty((batch, heads, rows), dtype=torch.float32, device=out.device)
+    total, block = batch * heads * rows, 64
+    if total == 0:
+        return delta
+    delta_kernel[(-(-total // block),)](
+        out, grad_out, out if grad_lse is None else grad_lse.contiguous(), delta,
+        out.stride(0), out.stride(1), out.stride(2),
+        grad_out.stride(0), grad_out.stride(1), grad_out.stride(2),
+        heads, rows, total, D_V=width, BLOCK_DV=padded(width), BLOCK=block,
+        HAS_GRAD_LSE=grad_lse is not None,
+    )  # fmt: skip
+    return delta
+
+
+class _Gradients:
+    """Where the gradients gather.
+
+    What has one writer at a time (queries; keys of leaves and blocks) goes to `dq`, `dk`, `dv`; what
+    several programs add to (keys of tile plans) to float32 sums beside them.
+    """
+
+    def __init__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, views: list[PlanView],
+        leaf: int | None,
+    ) -> None:  # fmt: skip
+        self.inputs = (query, key, value)
+        self.num_writers = len(views) + (leaf is not None)
+        self.written = False
+        self.keys_written = False
+        covered = leaf is not None or (bool(views) and views[0].covers_all_rows)
+        # several contributions are added in float32, or each rounding would add its own error
+        wide = self.num_writers > 1 and query.dtype != torch.float32
+        self.dtype = torch.float32 if wide else query.dtype
+        make = torch.empty if covered else torch.zeros
+        self.dq = make(query.shape, dtype=self.dtype, device=query.device)
+        self.dk: torch.Tensor | None = None
+        self.dv: torch.Tensor | None = None
+        self.sum_k: torch.Tensor | None = None
+        self.sum_v: torch.Tensor | None = None
+        summaries = max((view.arguments["num_summaries"] for view in views), default=0)
+        self.rows = key.shape[2] + summaries
+
+    def start(self, gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+        """Begin with gradients that were computed elsewhere."""
+        self.dq, self.dk, self.dv = (x.to(self.dtype).contiguous() for x in gradients)
+        self.written = True
+
+    def owned(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `dk` and `dv`, zero at first."""
+        if self.dk is None or self.dv is None:
+            _, key, value = self.inputs
+            self.dk = torch.zeros(key.shape, dtype=self.dtype, device=key.device)
+            self.dv = torch.zeros(value.shape, dtype=self.dtype, device=key.device)
+        return self.dk, self.dv
+
+    def shared(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the float32 sums over all programs, zero at first."""
+        if self.sum_k is None or self.sum_v is None:
+            _, key, value = self.inputs
+            shape = (*key.shape[:2], self.rows)
+            self.sum_k = torch.zeros((*shape, key.shape[-1]), device=key.device)
+            self.sum_v = torch.zeros((*shape, value.shape[-1]), device=key.device)
+        return self.sum_k, self.sum_v
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        query, key, value = self.inputs
+        if self.sum_k is None or self.sum_v is None:
+            dk, dv = self.owned()
+        else:
+            dk, dv = self.sum_k, self.sum_v
+            if self.dk is not None and self.dv is not None:
+                dk, dv = dk + self.dk, dv + self.dv
+        return self.dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
+
+
+def _gradient_of_rows(
+    query: torch.Tensor, value: torch.Tensor, view: PlanView, given: dict[str, Any],
+    sums: _Gradients, *, scatter: bool,
+) -> None:  # fmt: skip
+    """Add a plan's part of `dQ`, and with `scatter` its part of `dK` and `dV`."""
+    tile_rows = view.tile_slots * view.group
+    programs = query.shape[0] * view.plan_heads * view.num_tiles
+    dk, dv = sums.shared() if scatter else (query, value)
+    given = {
+        **given, "dq_ptr": sums.dq, "dk_ptr": dk, "dv_ptr": dv,
+        "HAS_RANGE": view.range_slots > 0, "HAS_LIST": view.list_slots > 0, "SCATTER": scatter,
+        "ACCUMULATE": sums.written,
+    }  # fmt: skip
+    given.pop("first_program", None)
+    launch(
+        backward_rows_kernel, ("rows", scatter, sums.written, *_variant(view, query, value)),
+        choose(
+            "scatter" if scatter else "rows", query, value, tile_rows,
+            max(view.list_slots, view.range_slots),
+        ),
+        lambda config: programs * -(-tile_rows // config.block_m),
+        lambda config: {**given, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
+    )  # fmt: skip
+    sums.written = True
+
+
+def _tile_gradients(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, view: PlanView,
+    given: dict[str, Any], sums: _Gradients,
+) -> None:  # fmt: skip
+    ordered = torch.are_deterministic_algorithms_enabled()
+    if view.list_slots == 0:
+        sums.shared()
+        return
+    tile_rows = view.tile_slots * view.group
+    if tile_rows < _FEWEST_ROWS_BY_KEY and not ordered:
+        _gradient_of_rows(query, value, view, given, sums, scatter=True)
+        return
+    _gradient_of_rows(query, value, view, given, sums, scatter=False)
+    config = choose("listed", query, value, tile_rows, view.list_slots)
+    tiles = query.shape[0] * view.plan_heads * view.num_tiles
+
+    def run(count: int, first: int, dk: torch.Tensor, dv: torch.Tensor, *, atomic: bool) -> None:
+        def blocks(config: Config) -> tuple[int, int, int]:
+            """Return blocks of slots, parts and blocks of rows in a part."""
+            slot_blocks = -(-view.list_slots // config.block_n)
+            row_blocks = -(-tile_rows // config.block_m)
+            parts = 1
+            if atomic:
+                parts = max(1, min(row_blocks // 4, _PROGRAMS // max(1, count * slot_blocks)))
+            part_blocks = -(-row_blocks // parts)
+            return slot_blocks, -(-row_blocks // part_blocks), part_blocks
+
+        def arguments(config: Config) -> dict[str, Any]:
+            slot_blocks, parts, part_blocks = blocks(config)
+            return {
+                **given, "dk_ptr": dk, "dv_ptr": dv, "FORM": _LISTED, "ATOMIC": atomic,
+                "ACCUMULATE": False, "num_parts": parts, "part_blocks": part_blocks,
+                "first_program": first * slot_blocks * parts,
+                "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+            }  # fmt: skip
+
+        launch(
+            backward_keys_kernel, ("listed", atomic, *_variant(view, query, value)), config,
+            lambda config: count * blocks(config)[0] * blocks(config)[1], arguments,
+        )  # fmt: skip
+
+    if ordered:
+        _sum_by_slot(
+            view, sums, tiles, lambda count, first, dk, dv: run(count, first, dk, dv, atomic=False)
+        )
+    else:
+        dk, dv = sums.shared()
+        run(tiles, 0, dk, dv, atomic=True)
+
+
+def _sum_by_slot(view: PlanView, sums: _Gradients, tiles: int, run: Any) -> None:
+    """Let a kernel store gradients by slot, some tiles at a time, and add them in a fixed order."""
+    dk, dv = sums.shared()
+    slots = view.list_slots
+    width = dk.shape[-1] + dv.shape[-1]
+    step = max(1, _CHUNK_BYTES // (4 * slots * width))
+    key = _flat_keys(view, dk)
+    for first in range(0, tiles, step):
+        count = min(step, tiles - first)
+        here = key[first : first + count].flatten()
+        parts = [torch.zeros((count * slots, x.shape[-1]), device=x.device) for x in (dk, dv)]
+        run(count, first, *parts)
+        for total, part in zip((dk, dv), parts, strict=True):
+            # index_put_ sorts: a fixed order, which index_add_ has on no device
+            total.view(-1, total.shape[-1]).index_put_((here,), part, accumulate=True)
+
+
+def _flat_keys(view: PlanView, dk: torch.Tensor) -> torch.Tensor:
+    """Return where in `[batch * key_heads * rows]` each slot of each tile adds: `[tiles, L]`."""
+    batch, key_heads, rows = dk.shape[:3]
+    index = view.arguments["index_ptr"][:, :, : view.num_tiles].long()
+    used = torch.arange(index.shape[-1], device=index.device)
+    used = used < view.arguments["counts_ptr"][..., :1].expand(*index.shape[:3], 1)
+    # slots that count nothing hold zeros: they may add to any key
+    index = torch.where(used & (index >= 0) & (index < rows), index, 0)
+    head = torch.arange(view.plan_heads, device=index.device) * key_heads // view.plan_heads
+    flat_head = torch.arange(batch, device=index.device)[:, None] * key_heads + head
+    return (flat_head[:, :, None, None] * rows + index).flatten(0, 2)
+
+
+def _block_gradients(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, view: PlanView,
+    given: dict[str, Any], sums: _Gradients,
+) -> None:  # fmt: skip
+    accumulate = sums.dk is not None
+    _gradient_of_rows(query, value, view, given, sums, scatter=False)
+    dk, dv = sums.owned()
+    batch, heads, key_heads = query.shape[0], query.shape[1], key.shape[1]
+    variant = _variant(view, query, value)
+
+    def row_blocks(config: Config) -> int:
+        return -(-view.tile_slots // config.block_m)
+
+    def range_arguments(config: Config) -> dict[str, Any]:
+        return {
+            **given, "num_slots": view.range_slots, "dk_ptr": dk, "dv_ptr": dv, "FORM": _RANGE,
+            "ATOMIC": False, "ACCUMULATE": accumulate, "num_parts": 1,
+            "part_blocks": row_blocks(config) * (heads // key_heads), "HAS_WEIGHT": False,
+            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        }  # fmt: skip
+
+    launch(
+        backward_keys_kernel, ("range", accumulate, *variant),
+        choose("range", query, value, view.tile_slots, view.range_slots),
+        lambda config: -(-view.range_slots // config.block_n) * view.num_tiles * batch * key_heads,
+        range_arguments,
+    )  # fmt: skip
+    if view.list_slots == 0:
+        return
+    # every part: some consecutive tiles of one rectangle
+    tiles = view.num_tiles // view.rectangles
+    wanted = max(1, _PROGRAMS // max(1, batch * heads * view.rectangles * -(-view.list_slots // 64)))
+    part_tiles = next(size for size in range(-(-tiles // wanted), tiles + 1) if tiles % size == 0)
+    parts = view.num_tiles // part_tiles
+    shape = (batch, heads, parts, view.list_slots)
+    part_k = torch.empty((*shape, key.shape[-1]), device=key.device)
+    part_v = torch.empty((*shape, value.shape[-1]), device=key.device)
+
+    def sampled_arguments(config: Config) -> dict[str, Any]:
+        return {
+            **given, "dk_ptr": part_k, "dv_ptr": part_v, "FORM": _SAMPLED, "ATOMIC": False,
+            "ACCUMULATE": False, "num_parts": parts, "part_blocks": row_blocks(config) * part_tiles,
+            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        }  # fmt: skip
+
+    launch(
+        backward_keys_kernel, ("sampled", *variant),
+        choose("sampled", query, value, view.tile_slots, view.list_slots),
+        lambda config: -(-view.list_slots // config.block_n) * parts * batch * heads,
+        sampled_arguments,
+    )  # fmt: skip
+    for part, total in ((part_k, dk), (part_v, dv)):
+        _add_samples(part, total, view, parts)
+
+
+def _add_samples(part: torch.Tensor, total: torch.Tensor, view: PlanView, parts: int) -> None:
+    """Add gradients of samples `[batch, heads, parts, m, d]` to `[batch, key_heads, n_k, d]`."""
+    batch, heads = part.shape[:2]
+    key_heads, num_keys, width = total.shape[1:]
+    of_rectangle = part.view(
+        batch, key_heads, heads // key_heads, view.rectangles, parts // view.rectangles,
+        view.list_slots, width,
+    ).sum((2, 4))  # fmt: skip
+    block = 32 if width <= 128 else 16
+    names = ("index_ptr", "index_batch", "index_head", "index_tile")
+    add_samples_kernel[(batch * key_heads * view.rectangles * -(-view.list_slots // block),)](
+        **{name: view.arguments[name] for name in names}, part_ptr=of_rectangle, out_ptr=total,
+        key_heads=key_heads, rectangles=view.rectangles, num_keys=num_keys,
+        num_slots=view.list_slots, D=width, BLOCK_D=padded(width), BLOCK_N=block,
+    )  # fmt: skip

@@ -1,0 +1,127 @@
+"""Block sizes of the kernels, and their guarded launch.
+
+A configuration is looked up by what matters for it (kernel, dtype, head sizes, rows of a tile). Not
+every compiler accepts every one: where a launch fails for want of registers or shared memory, the
+next smaller configuration is tried and remembered.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+
+__all__ = ["Config", "choose", "is_interpreted", "launch", "padded"]
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Block sizes and what the compiler is told."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def smaller(self) -> Iterator[Config]:
+        """Yield this configuration and ever smaller ones."""
+        config = self
+        yield config
+        while config.num_stages > 1:
+            config = replace(config, num_stages=config.num_stages - 1)
+            yield config
+        while config.block_n > 16 or config.block_m > 16:
+            if config.block_n >= config.block_m:
+                config = replace(config, block_n=max(16, config.block_n // 2))
+            else:
+                config = replace(config, block_m=max(16, config.block_m // 2))
+            yield config
+
+
+# (kernel, widest head size) -> configuration for 16-bit inputs, measured on an H100
+_MEASURED = {
+    ("forward", 64): Config(128, 64, 4, 3),
+    ("forward", 128): Config(128, 64, 8, 3),
+    ("forward", 256): Config(64, 32, 4, 2),
+    ("rows", 64): Config(128, 64, 8, 3),
+    ("rows", 128): Config(128, 64, 8, 2),
+    ("rows", 256): Config(64, 32, 4, 2),
+    ("scatter", 64): Config(64, 64, 4, 3),
+    ("scatter", 128): Config(64, 64, 8, 2),
+    ("scatter", 256): Config(64, 32, 8, 1),
+    ("range", 64): Config(64, 128, 8, 3),
+    ("range", 128): Config(64, 64, 8, 2),
+    ("range", 256): Config(32, 64, 8, 1),
+    ("sampled", 64): Config(64, 128, 8, 3),
+    ("sampled", 128): Config(64, 64, 8, 2),
+    ("sampled", 256): Config(32, 64, 8, 1),
+    ("listed", 64): Config(64, 64, 4, 3),
+    ("listed", 128): Config(64, 64, 8, 2),
+    ("listed", 256): Config(32, 64, 8, 1),
+}
+_SINGLE = {64: Config(32, 32, 4, 2), 128: Config(32, 32, 4, 1), 256: Config(16, 16, 4, 1)}
+
+OVERRIDES: dict[tuple[str, int], Config] = {}
+"""Configurations to use instead, by (kernel, head size): for measuring others."""
+
+_KNOWN_GOOD: dict[tuple[Any, ...], Config] = {}
+
+
+def padded(size: int) -> int:
+    """Return the head size as the kernels hold it: a power of two, 16 at least."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def choose(kernel: str, query: torch.Tensor, value: torch.Tensor, rows: int, slots: int) -> Config:
+    """Return the configuration for a kernel, the rows and the slots of a tile."""
+    width = max(64, padded(query.shape[-1]), padded(value.shape[-1]))
+    config = _SINGLE[width] if query.element_size() == 4 else _MEASURED[kernel, width]
+    config = OVERRIDES.get((kernel, width), config)
+    rows, slots = padded(min(rows, 128)), padded(min(slots, 128))
+    config = replace(config, block_m=min(config.block_m, rows), block_n=min(config.block_n, slots))
+    if config.block_m * config.block_n <= 2048:
+        config = replace(config, num_warps=min(config.num_warps, 4))
+    return config
+
+
+def launch(
+    kernel: Any, key: tuple[Any, ...], config: Config, programs: Callable[[Config], int],
+    arguments: Callable[[Config], dict[str, Any]],
+) -> Config:  # fmt: skip
+    """Launch with the configuration, or with the first smaller one that the compiler accepts.
+
+    Args:
+        kernel: the jit function.
+        key: what the choice depends on, beside the configuration.
+        config: the one to begin with.
+        programs: the number of programs for a configuration.
+        arguments: the kernel's arguments for a configuration.
+
+    Returns:
+        The configuration that ran.
+    """
+    known = _KNOWN_GOOD.get((*key, config))
+    last: Exception | None = None
+    for candidate in (config if known is None else known).smaller():
+        given = arguments(candidate)
+        if kernel is not None and not is_interpreted():
+            given = {**given, "num_warps": candidate.num_warps, "num_stages": candidate.num_stages}
+        try:
+            kernel[(programs(candidate),)](**given)
+        except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError) as error:
+            # the source is the same in every size: what a larger one lacks is room
+            last = error
+            continue
+        _KNOWN_GOOD[(*key, config)] = candidate
+        return candidate
+    assert last is not None
+    raise last

@@ -1,0 +1,216 @@
+"""The forward kernel: one online softmax over everything that a tile of rows attends to.
+
+One program owns `BLOCK_M` rows of one tile. It gathers their queries once, walks over the tile's
+slots `BLOCK_N` at a time (a range of a key order first, then a list), and keeps the running maximum,
+sum and output of every row in registers: the softmax of FlashAttention over gathered keys. With
+`MERGE` the result is merged into the state that is there already, so that several plans leave one
+state behind and no partial states.
+
+`SPLIT` is the variant in which the row sum and the numerator differ (caps, floor, value weights):
+it keeps a maximum for each, and the exact and the sampled part of the row sum apart.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .common import BLOCKED, CONSECUTIVE, LN_2, LOG2_E, load_rows, slot_keys, tile_rows, visible
+
+_SIZES = ["num_tiles", "tile_slots", "num_queries", "num_keys", "num_summaries", "left", "right"]
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "position_offset"])
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, floored_ptr,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    o_batch, o_head, o_row,
+    table_ptr, order_ptr, order_batch, order_head, range_ptr, range_batch, range_head,
+    index_ptr, index_batch, index_head, index_tile,
+    rank_ptr, weight_ptr, weight_batch, weight_head, weight_tile, weight_slot,
+    value_weight_ptr, vw_batch, vw_head, vw_tile, vw_slot,
+    counts_ptr, cap_ptr, floor_ptr, ex_rank_ptr, ex_start_ptr, ex_stop_ptr,
+    summary_key_ptr, summary_value_ptr,
+    plan_heads, query_heads, key_heads, num_tiles, tile_slots, num_queries, num_keys,
+    num_summaries, num_slots, left, right, position_offset, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+    HAS_RANGE: tl.constexpr, HAS_LIST: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_VALUE_WEIGHT: tl.constexpr, HAS_CAP: tl.constexpr, HAS_FLOOR: tl.constexpr,
+    HAS_BAND: tl.constexpr, IS_CAUSAL: tl.constexpr, NUM_EXCLUDED: tl.constexpr,
+    SUMMARIES: tl.constexpr, MERGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """See the module. `counts` is int32 `[batch, heads, tiles, 3]`: used, exact and banded slots."""
+    SPLIT: tl.constexpr = HAS_VALUE_WEIGHT or HAS_CAP or HAS_FLOOR
+    blocks = tl.cdiv(tile_slots * GROUP, BLOCK_M)
+    program = tl.program_id(0)
+    tile = program // blocks % num_tiles
+    head = program // (blocks * num_tiles) % plan_heads
+    batch = (program // (blocks * num_tiles) // plan_heads).to(tl.int64)
+    key_head = head * key_heads // plan_heads
+
+    # ---- the rows
+    place = program % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    slots_here = tile_slots
+    first_key, last_key, list_tile = 0, 0, tile
+    order_ptr += batch * order_batch + head.to(tl.int64) * order_head
+    if ROWS == BLOCKED:
+        first = tl.load(table_ptr + tile * 5)
+        slots_here = tl.load(table_ptr + tile * 5 + 1) - first
+        first_key = tl.load(table_ptr + tile * 5 + 2)
+        last_key = tl.load(table_ptr + tile * 5 + 3)
+        list_tile = tl.load(table_ptr + tile * 5 + 4)
+        order_ptr += first
+    row, is_row = tile_rows(place // GROUP, tile, slots_here, order_ptr, num_queries, ROWS)
+    query_head = head * GROUP + place % GROUP
+    flat_row = (batch * query_heads + query_head) * num_queries + row
+    dim = tl.arange(0, BLOCK_D)
+    dim_v = tl.arange(0, BLOCK_DV)
+    q_offset = batch * q_batch + query_head.to(tl.int64) * q_head + row.to(tl.int64) * q_row
+    q = tl.load(
+        q_ptr + q_offset[:, None] + dim[None, :], mask=is_row[:, None] & (dim < D)[None, :],
+        other=0.0,
+    )  # fmt: skip
+    if HAS_CAP:
+        cap = tl.load(cap_ptr + flat_row, mask=is_row, other=0.0).to(tl.float32) * LOG2_E
+
+    # ---- the slots
+    key_count, heavy_count, band_count = 0, 0, 0
+    if HAS_LIST and ROWS == BLOCKED:
+        key_count = num_slots
+    elif HAS_LIST:
+        counts = counts_ptr + ((batch * plan_heads + head) * num_tiles + tile) * 3
+        key_count = tl.load(counts)
+        heavy_count = tl.load(counts + 1)
+        band_count = tl.load(counts + 2)
+    range_slots = 0
+    if HAS_RANGE:
+        range_ptr += batch * range_batch + key_head.to(tl.int64) * range_head + first_key
+        range_slots = tl.cdiv(last_key - first_key, BLOCK_N) * BLOCK_N
+    tile64 = list_tile.to(tl.int64)
+    list_head = head
+    if ROWS == BLOCKED:
+        list_head = key_head
+    list_offset = batch * index_batch + list_head.to(tl.int64) * index_head + tile64 * index_tile
+    index_ptr += list_offset
+    rank_ptr += list_offset
+    weight_ptr += batch * weight_batch + list_head.to(tl.int64) * weight_head + tile64 * weight_tile
+    value_weight_ptr += batch * vw_batch + list_head.to(tl.int64) * vw_head + tile64 * vw_tile
+    k_ptr += batch * k_batch + key_head.to(tl.int64) * k_head
+    v_ptr += batch * v_batch + key_head.to(tl.int64) * v_head
+    flat_key_head = batch * key_heads + key_head
+    summary_key_ptr += flat_key_head * num_summaries * D
+    summary_value_ptr += flat_key_head * num_summaries * D_V
+    ex_rank_ptr += flat_key_head * NUM_EXCLUDED * num_keys
+    row_offset = (batch * query_heads + query_head) * NUM_EXCLUDED * num_queries
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)  # of the row sum
+    heavy_sum = tl.zeros([BLOCK_M], tl.float32)
+    sampled_sum = tl.zeros([BLOCK_M], tl.float32)
+    value_top = top
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    factor = scale * LOG2_E
+    for start in range(0, range_slots + key_count, BLOCK_N):
+        slot = start + tl.arange(0, BLOCK_N)
+        key, list_slot, used = slot_keys(
+            slot, range_slots, range_ptr, last_key - first_key, index_ptr, key_count,
+            num_keys + num_summaries, HAS_RANGE, HAS_LIST,
+        )  # fmt: skip
+        bias = tl.where(used, 0.0, float("-inf"))
+        if HAS_LIST:
+            listed = used & (list_slot >= 0)
+            if HAS_WEIGHT:
+                weight = tl.load(weight_ptr + list_slot * weight_slot, mask=listed, other=0.0)
+                bias = bias + weight.to(tl.float32) * LOG2_E
+            if HAS_RANGE:
+                rank = tl.load(rank_ptr + list_slot, mask=listed, other=-1)
+                bias = tl.where((rank >= first_key) & (rank < last_key), float("-inf"), bias)
+        k = load_rows(
+            k_ptr, key[:, None], used[:, None], k_row, dim[None, :], D, summary_key_ptr, num_keys,
+            SUMMARIES,
+        )  # fmt: skip
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+        if not SPLIT:
+            logits += bias[None, :]
+        if IS_CAUSAL or HAS_BAND or NUM_EXCLUDED > 0:
+            seen = visible(
+                row[:, None], row_offset[:, None], key[None, :], list_slot[None, :], heavy_count,
+                band_count, left, right, num_keys, ex_rank_ptr, ex_start_ptr, ex_stop_ptr,
+                num_queries, position_offset, IS_CAUSAL, HAS_BAND, NUM_EXCLUDED,
+            )  # fmt: skip
+            logits = tl.where(seen, logits, float("-inf"))
+        if SPLIT:
+            is_heavy = (list_slot < heavy_count)[None, :]
+            value_bias = bias
+            if HAS_VALUE_WEIGHT:
+                weight = tl.load(value_weight_ptr + list_slot * vw_slot, mask=used, other=0.0)
+                value_bias = tl.where(used, weight.to(tl.float32) * LOG2_E, float("-inf"))
+            row_logits = logits
+            if HAS_CAP:
+                row_logits = tl.where(is_heavy, logits, tl.minimum(logits, cap[:, None]))
+            row_logits += bias[None, :]
+            logits += value_bias[None, :]
+            new_top = tl.maximum(top, tl.max(row_logits, 1))
+            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+            rescale = tl.exp2(top - shift)
+            weights = tl.exp2(row_logits - shift[:, None])
+            heavy_sum = heavy_sum * rescale + tl.sum(tl.where(is_heavy, weights, 0.0), 1)
+            sampled_sum = sampled_sum * rescale + tl.sum(tl.where(is_heavy, 0.0, weights), 1)
+            top = new_top
+        new_value_top = tl.maximum(value_top, tl.max(logits, 1))
+        # rows without a key so far: nothing but -inf, shifted by 0
+        shift = tl.where(new_value_top == float("-inf"), 0.0, new_value_top)
+        rescale = tl.exp2(value_top - shift)
+        weights = tl.exp2(logits - shift[:, None])
+        if not SPLIT:
+            heavy_sum = heavy_sum * rescale + tl.sum(weights, 1)
+        value_top = new_value_top
+        v = load_rows(
+            v_ptr, key[:, None], used[:, None], v_row, dim_v[None, :], D_V, summary_value_ptr,
+            num_keys, SUMMARIES,
+        )  # fmt: skip
+        acc = acc * rescale[:, None]
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+
+    # ---- the state of these rows
+    if SPLIT:
+        is_empty = top == float("-inf")
+        if HAS_FLOOR:
+            floor = tl.load(floor_ptr + flat_row, mask=is_row, other=0.0).to(tl.float32) * LOG2_E
+            final_top = tl.where(is_empty, 0.0, tl.maximum(top, floor))
+            rescale = tl.exp2(top - final_top)
+            floor_sum = tl.exp2(floor - final_top)
+            sampled_sum *= rescale
+            is_floored = (sampled_sum < floor_sum) & (is_empty == 0)
+            tl.store(floored_ptr + flat_row, is_floored.to(tl.int8), mask=is_row)
+            row_sum = heavy_sum * rescale + tl.maximum(sampled_sum, floor_sum)
+        else:
+            final_top = tl.where(is_empty, 0.0, top)
+            row_sum = heavy_sum + sampled_sum
+        row_sum = tl.where(is_empty, 1.0, row_sum)
+        value_shift = tl.where(value_top == float("-inf"), 0.0, value_top)
+        # the numerator may lie far above a capped sum; stays finite
+        gain = tl.exp2(tl.minimum(value_shift - final_top, 115.0)) / row_sum
+        out = acc * tl.where(is_empty, 0.0, gain)[:, None]
+        lse = tl.where(is_empty, float("-inf"), (final_top + tl.log2(row_sum)) * LN_2)
+    else:
+        is_empty = value_top == float("-inf")
+        row_sum = tl.where(is_empty, 1.0, heavy_sum)
+        out = acc / row_sum[:, None]
+        lse = (value_top + tl.log2(row_sum)) * LN_2
+    o_offset = batch * o_batch + query_head.to(tl.int64) * o_head + row.to(tl.int64) * o_row
+    out_ptrs = out_ptr + o_offset[:, None] + dim_v[None, :]
+    store = is_row[:, None] & (dim_v < D_V)[None, :]
+    if MERGE:
+        old_lse = tl.load(lse_ptr + flat_row, mask=is_row, other=float("-inf"))
+        old_out = tl.load(out_ptrs, mask=store, other=0.0).to(tl.float32)
+        final_top = tl.maximum(lse, old_lse)
+        final_top = tl.where(final_top == float("-inf"), 0.0, final_top)
+        share = tl.exp2((lse - final_top) * LOG2_E)
+        old_share = tl.exp2((old_lse - final_top) * LOG2_E)
+        total = share + old_share
+        lse = tl.where(total > 0, final_top + tl.log2(total) * LN_2, float("-inf"))
+        total = tl.where(total > 0, total, 1.0)
+        out = out * (share / total)[:, None] + old_out * (old_share / total)[:, None]
+    tl.store(lse_ptr + flat_row, lse, mask=is_row)
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=store)

@@ -1,0 +1,106 @@
+"""The Triton backend: fused kernels for every plan, on CUDA and in Triton's interpreter.
+
+This module says what the kernels can take and groups the plans; it imports no Triton. The
+kernels themselves are in `kernels.triton`, behind the operator of `kernels.ops.attention`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from ..blockplan import BlockPlan
+from ..plan import TilePlan
+from ..state import AttentionState, merge
+from .ops import has_triton
+from .ops.attention import attend_plans
+
+__all__ = ["LARGEST_HEAD_DIM", "attend_all", "why_not", "why_not_inputs"]
+
+LARGEST_HEAD_DIM = 256
+"""Widest head of query, key and value."""
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not(device: torch.device) -> str | None:
+    """Return why the kernels cannot run on a device, or None."""
+    if not has_triton():
+        return (
+            "the package triton is not installed (install it with: python -m pip install "
+            "'hyperframe-attention[triton]')"
+        )
+    if device.type == "cuda" and torch.version.hip is None:
+        return None
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return (
+        f"its kernels run on NVIDIA GPUs and the inputs are on {device.type} (for tests on a CPU: "
+        "set TRITON_INTERPRET=1 before anything imports triton)"
+    )
+
+
+def why_not_inputs(query: torch.Tensor, value: torch.Tensor) -> str | None:
+    """Return which property of the inputs the kernels cannot take, or None."""
+    if query.dtype not in _DTYPES:
+        found = str(query.dtype).removeprefix("torch.")
+        return f"takes float32, bfloat16 and float16, and the inputs are {found}"
+    for what, size in (("head_dim", query.shape[-1]), ("the head_dim of value", value.shape[-1])):
+        if size > LARGEST_HEAD_DIM:
+            return f"takes heads up to {LARGEST_HEAD_DIM} wide, and {what} is {size}"
+    return None
+
+
+def attend_all(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    plans: Sequence[TilePlan | BlockPlan], *, scale: float, leaf: int | None = None,
+) -> AttentionState:  # fmt: skip
+    """Attend by plans of disjoint support and exact leaves, in one merged state.
+
+    What `why_not` and `why_not_inputs` name has to be refused before.
+
+    Args:
+        query: `[batch, query_heads, n_q, d]`; fp32, bf16 or fp16, `d <= 256`.
+        key: `[batch, key_heads, n_k, d]`.
+        value: `[batch, key_heads, n_k, d_v]`, `d_v <= 256`.
+        plans: the plans, on the same device.
+        scale: factor of the logits.
+        leaf: run length of exact causal leaves, or None.
+
+    Returns:
+        `out` in the dtype of `query`, `lse` in float32. Logits and sums are float32; products of
+        float32 inputs are true float32 unless `torch.backends.cuda.matmul.allow_tf32`. With
+        `torch.use_deterministic_algorithms(True)` the gradients have the same bits in every run.
+        Cost: time O(rows x keys per row x d), no extra memory in the forward beyond the outputs.
+    """
+    together: list[TilePlan | BlockPlan] = []
+    apart: list[TilePlan | BlockPlan] = []
+    for plan in plans:
+        ready = plan if isinstance(plan, BlockPlan) else plan.deduplicated()
+        (apart if _stands_apart(ready) else together).append(ready)
+    # a plan that covers all rows comes first: the others merge into what it wrote
+    together.sort(key=_leaves_rows_out)
+    states = []
+    if together or leaf is not None:
+        out, lse = attend_plans(query, key, value, together, leaf=leaf, scale=scale)
+        states.append(AttentionState(out=out, lse=lse))
+    for plan in apart:
+        out, lse = attend_plans(query, key, value, [plan], leaf=None, scale=scale)
+        states.append(AttentionState(out=out, lse=lse))
+    return merge(*states)
+
+
+def _stands_apart(plan: TilePlan | BlockPlan) -> bool:
+    """Whether a plan's row sum and numerator differ, or it brings keys of its own."""
+    if isinstance(plan, BlockPlan):
+        return False
+    own = (plan.log_cap, plan.log_floor, plan.value_log_weight, plan.summary_key)
+    return any(tensor is not None for tensor in own)
+
+
+def _leaves_rows_out(plan: TilePlan | BlockPlan) -> bool:
+    if isinstance(plan, BlockPlan):
+        return sum(stop - start for start, stop, _, _ in plan.rectangles) < plan.num_queries
+    return plan.query_order is not None
