@@ -39,6 +39,7 @@ class BlockPlan:
             (places in the orders), rectangle. Query ranges are disjoint; key ranges too.
         max_rows: the longest query range.
         max_keys: the longest key range.
+        tile_counts: tiles of every rectangle; they stand together, in the rectangles' order.
         rectangles: `(query_start, query_stop, key_start, key_stop)` of each rectangle, places.
         num_query_heads, num_queries, num_keys: the problem's sizes.
         sample_index: int32 `[batch, key_heads, rectangles, m]`, or None without samples.
@@ -52,6 +53,7 @@ class BlockPlan:
     tiles: torch.Tensor
     max_rows: int
     max_keys: int
+    tile_counts: tuple[int, ...]
     rectangles: tuple[Places, ...]
     num_query_heads: int
     num_queries: int
@@ -134,6 +136,12 @@ class BlockPlan:
                         f"longer than {longest}"
                     )
                 before = stop
+        owners = [r for r, count in enumerate(self.tile_counts) for _ in range(count)]
+        if owners != [row[4] for row in table]:
+            raise ArgumentError(
+                f"tile_counts: {self.tile_counts} is not how many tiles the rectangles have, one "
+                "rectangle after the other"
+            )
         for row in table:
             inside = self.rectangles[row[4]] if 0 <= row[4] < len(self.rectangles) else (0,) * 4
             if any(not inside[i] <= row[i] <= inside[i + 1] for i in (0, 2)) or any(

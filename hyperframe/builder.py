@@ -128,8 +128,8 @@ def _block_plan(
     tiles = mask.tiles()
     return BlockPlan(
         query_order=mask.query_order.int(), key_order=mask.key_order.int(), tiles=tiles.table,
-        max_rows=tiles.max_rows, max_keys=tiles.max_keys, rectangles=mask.rectangles,
-        num_query_heads=mask.num_query_heads, num_queries=mask.num_queries,
+        max_rows=tiles.max_rows, max_keys=tiles.max_keys, tile_counts=tiles.counts,
+        rectangles=mask.rectangles, num_query_heads=mask.num_query_heads, num_queries=mask.num_queries,
         num_keys=mask.num_keys, sample_index=None if index is None else index.int(),
         sample_log_weight=None if log_weight is None else log_weight.float(),
         sample_rank=None if rank is None else rank.int(),

@@ -92,7 +92,7 @@ class Stream:
         """
         if seed is not None:
             return cls(seed)
-        drawn = torch.randint(_MASK, ())
+        drawn = torch.randint(_MASK, (), device="cpu")
         if torch.compiler.is_compiling():  # a value would be read while nothing runs
             return cls(drawn.to(device))
         return cls(int(drawn.item()))
@@ -139,7 +139,7 @@ def make_generator(seed: int | None, device: torch.device | str) -> torch.Genera
         device: where it draws.
     """
     if seed is None:
-        seed = int(torch.randint(_MASK, ()).item())
+        seed = int(torch.randint(_MASK, (), device="cpu").item())
     return torch.Generator(device=device).manual_seed(fold_in(seed))
 
 

@@ -99,7 +99,7 @@ def plan() -> BlockPlan:
             [[1, 2, 2, 3, 0], [2, 3, 3, 4, 0], [3, 4, 0, 1, 1], [4, 5, 1, 2, 1]],
             dtype=torch.int32,
         ),
-        max_rows=1, max_keys=1, rectangles=((1, 3, 2, 4), (3, 5, 0, 2)), num_query_heads=2,
+        max_rows=1, max_keys=1, tile_counts=(2, 2), rectangles=((1, 3, 2, 4), (3, 5, 0, 2)), num_query_heads=2,
         num_queries=6, num_keys=5, sample_index=index,
         sample_log_weight=torch.zeros(()).expand(1, 1, 2, 2),
         sample_rank=key_order.argsort(-1).unsqueeze(2).expand(-1, -1, 2, -1).gather(

@@ -77,6 +77,7 @@ def test_a_compiled_call_is_one_graph_and_gives_what_eager_gives(case: str) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside of torch's compiler
 @pytest.mark.parametrize("case", ["sort_lsh", "sort_lsh, recursive", "window and columns"])
 def test_inductor_gives_what_eager_gives(case: str) -> None:
     options, is_causal = CASES[case]

@@ -8,11 +8,13 @@ The *approximation error* is that of the method: its output against exact attent
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from .inputs import Shape, make_inputs
 from .methods import AbstractMethod
@@ -20,6 +22,7 @@ from .methods import AbstractMethod
 __all__ = ["ApproximationError", "KernelError", "exact_rows", "kernel_error", "sampled_error"]
 
 _SAMPLED_ROWS = 512
+_EXACT_ROWS = 2048  # of the exact gradient, whose scores are written out in float64
 _CHUNK_BYTES = 64 << 20  # of scores held at once
 
 
@@ -35,6 +38,8 @@ class KernelError:
         grad_ours: of the gradients of query, key and value, the worst of the three; None if no
             backward is timed.
         grad_torch: likewise, by the torch backend.
+        grad_exact: likewise, by PyTorch's exact attention; its fused kernels round the weights to
+            the dtype of the inputs, as any kernel on tensor cores does.
         grad_limit: what `grad_ours` may be.
     """
 
@@ -44,6 +49,7 @@ class KernelError:
     length: int
     grad_ours: float | None = None
     grad_torch: float | None = None
+    grad_exact: float | None = None
     grad_limit: float | None = None
 
     @property
@@ -115,7 +121,8 @@ def kernel_error(
         backward: whether the gradients are checked too.
 
     Returns:
-        The errors. A limit is twice the error of the torch backend plus 1e-6 (1e-12 in float64),
+        The errors. A limit is twice the error of the torch backend (for gradients: of the worse of
+        the torch backend and PyTorch's exact attention) plus 1e-6 (1e-12 in float64),
         and never above eight roundings of the dtype (1e-4 at least): where the torch backend is
         further off than that, something else than rounding differs.
     """
@@ -134,23 +141,39 @@ def kernel_error(
     reference, *found = results
     floor = 1e-12 if dtype == torch.float64 else 1e-6
     most = max(1e-4, 8 * torch.finfo(dtype).eps)
-    errors = []  # of ours and of torch: [output, worst gradient]
+    errors = []  # of ours and of torch: output, worst gradient
     for tensors in found:
-        distances = [
-            float((x.double() - wide).norm() / wide.norm())
-            for x, wide in zip(tensors, reference, strict=True)
-        ]
-        errors.append([distances[0], _worst(distances[1:])])
+        output, *gradients = _distances(tensors, reference)
+        errors.append((output, _worst(gradients)))
     (ours, grad_ours), (of_torch, grad_torch) = errors
     error = KernelError(
         ours=ours, torch=of_torch, limit=min(2 * of_torch + floor, most), length=length
     )
     if not backward:
         return error
-    grad_limit = min(2 * grad_torch + floor, most)
+    grad_exact = _exact_gradient_error(query, key, value, is_causal=method.is_causal)
+    grad_limit = min(2 * max(grad_torch, grad_exact) + floor, most)
     return dataclasses.replace(
-        error, grad_ours=grad_ours, grad_torch=grad_torch, grad_limit=grad_limit
-    )
+        error, grad_ours=grad_ours, grad_torch=grad_torch, grad_exact=grad_exact,
+        grad_limit=grad_limit,
+    )  # fmt: skip
+
+
+def _exact_gradient_error(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, is_causal: bool
+) -> float:
+    """Worst gradient of SDPA in the inputs' dtype against float64, in one head and 2,048 rows."""
+    tensors = [tensor[:1, :1, :_EXACT_ROWS].contiguous() for tensor in (query, key, value)]
+    call = functools.partial(F.scaled_dot_product_attention, is_causal=is_causal)
+    reference = _results(call, [tensor.double() for tensor in tensors], backward=True)
+    return _worst(_distances(_results(call, tensors, backward=True), reference)[1:])
+
+
+def _distances(found: list[torch.Tensor], reference: list[torch.Tensor]) -> list[float]:
+    return [
+        float((tensor.double() - wide).norm() / wide.norm())
+        for tensor, wide in zip(found, reference, strict=True)
+    ]
 
 
 def _results(

@@ -161,9 +161,9 @@ def flex_candidate(
         # imported here: it loads torch's compiler
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        blocks = create_block_mask(
-            mask, None, None, shape.length, shape.length, device=device, _compile=True
-        )
+        # compiled, so that the dense mask is never written out
+        make = torch.compile(create_block_mask)
+        blocks = make(mask, None, None, shape.length, shape.length, device=device)
     except Exception as error:
         return Failure.of(error)
     # every shape is compiled anew, and there is a limit to that for one function

@@ -42,7 +42,7 @@ ROW_KEYS: dict[str, str] = {
     "tensor_bytes": "bytes of query, key, value and output",
     "error": "against exact attention: median, worst, rows, bound, is_finite; null if not measured",
     "kernel_error": "against float64, same entries: ours, torch, limit, length, and grad_ours, "
-    "grad_torch, grad_limit; null if exact",
+    "grad_torch, grad_exact, grad_limit; null if exact",
     "gate": "passed (null where there is nothing to check) and reasons",
     "speed_up": "by mode: the fastest exact kernel's median over this one's; null if not reported",
     "versus": "by mode: the exact kernel that the speed-up refers to",

@@ -144,7 +144,7 @@ def full_plan(query: torch.Tensor, key: torch.Tensor, *, is_causal: bool) -> Til
     """Return the plan that holds every key exactly; one list, shared by all rows."""
     batch, heads, num_keys = key.shape[:3]
     index = torch.arange(num_keys, dtype=torch.int32, device=key.device)
-    count = torch.tensor(num_keys, dtype=torch.int32, device=key.device).expand(batch, heads, 1)
+    count = torch.full((), num_keys, dtype=torch.int32, device=key.device).expand(batch, heads, 1)
     return TilePlan(
         key_index=index.expand(batch, heads, 1, -1), key_count=count, heavy_count=count,
         tile_size=query.shape[2], num_query_heads=query.shape[1], num_queries=query.shape[2],

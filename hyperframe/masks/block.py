@@ -25,11 +25,13 @@ class BlockTiles(NamedTuple):
             orders), and the number of the rectangle.
         max_rows: most rows of a tile.
         max_keys: most keys of a tile.
+        counts: tiles of every rectangle; those of one stand together, in the rectangles' order.
     """
 
     table: torch.Tensor
     max_rows: int
     max_keys: int
+    counts: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -185,7 +187,8 @@ def _check_rectangles(rectangles: tuple[Places, ...], num_queries: int, num_keys
 def _tiles(rectangles: tuple[Places, ...], block_size: int, device: torch.device) -> BlockTiles:
     tiles = _tile_rows(rectangles, block_size)
     max_rows, max_keys = _longest(tiles)
-    return BlockTiles(int_table(tiles, 5, device), max_rows, max_keys)
+    counts = tuple(sum(tile[4] == r for tile in tiles) for r in range(len(rectangles)))
+    return BlockTiles(int_table(tiles, 5, device), max_rows, max_keys, counts)
 
 
 @kept
@@ -201,7 +204,7 @@ def _covering_tiles(
         for first in range(before, start, max_rows):
             tiles.append((first, min(first + max_rows, start), 0, 0, -1))
         before = stop
-    return BlockTiles(int_table(tiles, 5, device), max_rows, max_keys)
+    return BlockTiles(int_table(tiles, 5, device), max_rows, max_keys, ())
 
 
 def _tile_rows(

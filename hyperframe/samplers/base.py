@@ -138,7 +138,7 @@ class AbstractSampler(AbstractComponent):
             index = torch.minimum((draws * length).long(), length - 1)
             log_weight = torch.log(length / max(1, num_samples)).expand(shape)
         else:
-            before = prefixes.new_tensor([max(0, num_keys - query.shape[2])])
+            before = prefixes.new_full((1,), max(0, num_keys - query.shape[2]))
             seen = torch.cat([before, prefixes[:-1]]).unsqueeze(-1).minimum(length)  # [T, 1]
             cumulative = density.cumsum(dim=-1)
             total = cumulative[..., seen.squeeze(-1).clamp(min=1) - 1].unsqueeze(-1)  # [B, H, T, 1]

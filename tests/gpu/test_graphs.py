@@ -205,6 +205,7 @@ def test_a_compiled_call_is_one_graph_and_gives_what_eager_gives(case: str) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside of torch's compiler
 @pytest.mark.parametrize("case", ["sort_lsh", "sort_lsh, recursive", "window and columns"])
 def test_inductor_gives_what_eager_gives(case: str) -> None:
     assert_compiled_is_eager(case, "inductor")

@@ -39,7 +39,8 @@ def pack(plans: Sequence[Plan], leaf: int | None) -> tuple[list[torch.Tensor | N
         if isinstance(plan, BlockPlan):
             tensors += [getattr(plan, name) for name in _BLOCK_TENSORS]
             sizes += [1, *(getattr(plan, name) for name in _BLOCK_SIZES), len(plan.rectangles)]
-            sizes += [place for rectangle in plan.rectangles for place in rectangle]
+            for rectangle, tiles in zip(plan.rectangles, plan.tile_counts, strict=True):
+                sizes += [*rectangle, tiles]
             continue
         excluded = plan.excluded
         tensors += [getattr(plan, name) for name in _TILE_TENSORS]
@@ -67,8 +68,9 @@ def unpack(
         if next(size):
             fields = {name: next(tensor) for name in _BLOCK_TENSORS}
             fields |= {name: next(size) for name in _BLOCK_SIZES}
-            rectangles = [tuple(next(size) for _ in range(4)) for _ in range(next(size))]
-            plans.append(BlockPlan(**fields, rectangles=tuple(rectangles)))
+            parts = [tuple(next(size) for _ in range(5)) for _ in range(next(size))]
+            fields["rectangles"] = tuple(part[:4] for part in parts)
+            plans.append(BlockPlan(**fields, tile_counts=tuple(part[4] for part in parts)))
             continue
         fields = {name: next(tensor) for name in _TILE_TENSORS}
         key_rank, start, stop = (next(tensor) for _ in range(3))

@@ -1,8 +1,8 @@
 """From a plan to the arguments of the kernels: pointers, strides, sizes, compile-time variants.
 
-All three kernels read a plan through the same arguments, made once here. Dimensions of stride 0 are
-passed on as they are, so a list that all tiles share is read from one place; when every list of a
-plan is shared, the plan becomes one tile of all rows.
+All kernels read a plan through the same arguments, made once here. Dimensions of stride 0 are passed
+on as they are, so a list that all tiles share is read from one place; when every list of a plan is
+shared, the plan becomes one tile of all rows.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import triton
 
 from ...blockplan import BlockPlan
 from ...plan import TilePlan
+from .lists import block_lists_kernel, places_kernel
 
-__all__ = ["PlanView", "kernel_arguments", "view_of"]
+__all__ = ["LIST", "WEIGHT", "PlanView", "is_wide", "kernel_arguments", "places_of", "strides_of", "view_of"]
 
 CONSECUTIVE, ORDERED, BLOCKED = 0, 1, 2
 
@@ -27,14 +29,16 @@ class PlanView:
     Attributes:
         rows: where the rows of a tile come from (`CONSECUTIVE`, `ORDERED`, `BLOCKED`).
         plan_heads: heads with lists (or orders) of their own.
+        group: query heads that share a tile.
         num_tiles: tiles of a head.
-        tile_slots: slots for rows of a tile, at most.
-        list_slots: length of the lists.
-        range_slots: longest range of the key order, 0 without.
-        rectangles: groups of equally many tiles that share samples (`BLOCKED`).
+        tile_slots: slots for positions of a tile, at most.
+        list_slots: length of the lists, or of the exact part of those of blocks.
         covers_all_rows: every row lies in a tile, so that nothing has to be filled beforehand.
-        arguments: keyword arguments that all kernels take.
-        variant: compile-time features by name.
+        order: arguments that say which rows a tile owns.
+        lists: arguments that say which keys a tile holds, and their weights.
+        features: arguments of the compile-time features.
+        variant: the compile-time features by name.
+        blocks: the plan, if it is a block plan.
     """
 
     rows: int
@@ -43,23 +47,31 @@ class PlanView:
     num_tiles: int
     tile_slots: int
     list_slots: int
-    range_slots: int
-    rectangles: int
     covers_all_rows: bool
-    arguments: dict[str, Any]
+    order: dict[str, Any]
+    lists: dict[str, Any]
+    features: dict[str, Any]
     variant: dict[str, Any]
+    blocks: BlockPlan | None = None
 
     @property
-    def is_split(self) -> bool:
-        """Whether row sum and numerator differ."""
-        return any(self.variant[name] for name in ("HAS_CAP", "HAS_FLOOR", "HAS_VALUE_WEIGHT"))
+    def places(self) -> int:
+        """Rows of a tile, at most."""
+        return self.tile_slots * self.group
+
+    @property
+    def num_summaries(self) -> int:
+        """Summary keys of the plan."""
+        count: int = self.features["num_summaries"]
+        return count
 
 
-def _strides(tensor: torch.Tensor | None, names: tuple[str, ...]) -> dict[str, int]:
+def strides_of(tensor: torch.Tensor | None, names: tuple[str, ...]) -> dict[str, int]:
+    """Return strides by name; 0 where a dimension has one element, or without a tensor."""
     if tensor is None:
         return dict.fromkeys(names, 0)
-    strides = [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride())]
-    return dict(zip(names, strides, strict=False))
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return dict(zip(names, (0 if size == 1 else stride for size, stride in sizes), strict=False))
 
 
 def _unit(tensor: torch.Tensor) -> torch.Tensor:
@@ -78,45 +90,114 @@ _NO_FEATURES = {
     "HAS_WEIGHT": False, "HAS_VALUE_WEIGHT": False, "HAS_CAP": False, "HAS_FLOOR": False,
     "HAS_BAND": False, "IS_CAUSAL": False, "NUM_EXCLUDED": 0, "SUMMARIES": False,
 }  # fmt: skip
-_LIST = ("index_batch", "index_head", "index_tile")
-_WEIGHT = ("weight_batch", "weight_head", "weight_tile", "weight_slot")
+LIST = ("index_batch", "index_head", "index_tile")
+WEIGHT = ("weight_batch", "weight_head", "weight_tile", "weight_slot")
 _VALUE_WEIGHT = ("vw_batch", "vw_head", "vw_tile", "vw_slot")
 _ORDER = ("order_batch", "order_head")
-_RANGE = ("range_batch", "range_head")
+_POINTERS = (
+    "cap_ptr", "ex_rank_ptr", "ex_start_ptr", "ex_stop_ptr", "summary_key_ptr", "summary_value_ptr",
+)  # fmt: skip
 
 
 def _block_view(plan: BlockPlan, nothing: torch.Tensor) -> PlanView:
-    has_list = plan.sample_index is not None and plan.sample_index.shape[-1] > 0
-    index = rank = weight = None
-    if has_list:
-        assert plan.sample_index is not None
-        assert plan.sample_rank is not None
-        assert plan.sample_log_weight is not None
-        index, weight = _unit(plan.sample_index), plan.sample_log_weight
-        rank = plan.sample_rank
-        if rank.stride() != index.stride():
-            index, rank = index.contiguous(), rank.contiguous()
-    order, key_order = _unit(plan.query_order), _unit(plan.key_order)
-    arguments = {
-        "table_ptr": plan.tiles, "order_ptr": order, "range_ptr": key_order,
-        "index_ptr": nothing if index is None else index,
-        "rank_ptr": nothing if rank is None else rank,
-        "weight_ptr": nothing if weight is None else weight,
-        "value_weight_ptr": nothing, "counts_ptr": nothing, "cap_ptr": nothing,
-        "ex_rank_ptr": nothing, "ex_start_ptr": nothing, "ex_stop_ptr": nothing,
-        "summary_key_ptr": nothing, "summary_value_ptr": nothing,
-        **_strides(order, _ORDER), **_strides(key_order, _RANGE), **_strides(index, _LIST),
-        **_strides(weight, _WEIGHT), **_strides(None, _VALUE_WEIGHT),
-        "num_summaries": 0, "left": 0, "right": 0, "position_offset": 0,
-    }  # fmt: skip
+    order = _unit(plan.query_order)
+    index, weight, count = _block_lists(plan, nothing)
+    uniform = _weigh_alike(plan)
     covered = sum(rectangle[1] - rectangle[0] for rectangle in plan.rectangles)
     return PlanView(
         rows=BLOCKED, plan_heads=plan.num_query_heads, group=1, num_tiles=plan.tiles.shape[0],
-        tile_slots=plan.max_rows, list_slots=index.shape[-1] if index is not None else 0,
-        range_slots=plan.max_keys, rectangles=len(plan.rectangles),
-        covers_all_rows=covered == plan.num_queries, arguments=arguments,
-        variant={**_NO_FEATURES, "HAS_WEIGHT": has_list},
+        tile_slots=plan.max_rows, list_slots=plan.max_keys,
+        covers_all_rows=covered == plan.num_queries,
+        order={"table_ptr": plan.tiles, "order_ptr": order, **strides_of(order, _ORDER)},
+        lists={
+            "index_ptr": index, "value_weight_ptr": nothing, "counts_ptr": count,
+            "exact_slots": _padded(plan.max_keys), **strides_of(index, LIST),
+            "weight_ptr": nothing if weight is None else weight, **strides_of(weight, WEIGHT),
+            **strides_of(None, _VALUE_WEIGHT),
+        },
+        features={
+            **dict.fromkeys(_POINTERS, nothing), "num_summaries": 0, "left": 0, "right": 0,
+            "position_offset": 0,
+        },
+        variant={**_NO_FEATURES, "HAS_WEIGHT": not uniform}, blocks=plan,
     )  # fmt: skip
+
+
+def _weigh_alike(plan: BlockPlan) -> bool:
+    """Whether all samples of a rectangle have one weight, as those of a uniform sampler do."""
+    weight = plan.sample_log_weight
+    return weight is None or weight.shape[-1] <= 1 or weight.stride(-1) == 0
+
+
+def _block_lists(
+    plan: BlockPlan, nothing: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Return keys and log weights `[batch, key_heads, T, L]` and lengths of the lists of all tiles.
+
+    Of samples that weigh alike there is one weight for a rectangle: `[batch, key_heads, R, 1]`.
+    """
+    order = _unit(plan.key_order)
+    batch, key_heads = order.shape[:2]
+    tiles, exact = plan.tiles.shape[0], _padded(plan.max_keys)
+    samples = triton.next_power_of_2(plan.num_samples) if plan.num_samples else 0
+    shape = (batch, key_heads, tiles, exact + samples)
+    index = torch.empty(shape, dtype=torch.int32, device=order.device)
+    count = torch.empty(shape[:3], dtype=torch.int32, device=order.device)
+    sample, rank, weight = plan.sample_index, plan.sample_rank, plan.sample_log_weight
+    if not samples:
+        sample = rank = weight = None
+    sample = None if sample is None else _unit(sample)
+    rank = None if rank is None else _unit(rank)
+    alike = _weigh_alike(plan)
+    weights = None if alike else torch.empty(shape, dtype=torch.float32, device=order.device)
+    programs = batch * key_heads * tiles
+    if programs:
+        block_lists_kernel[(programs,)](
+            table_ptr=plan.tiles, order_ptr=order, **strides_of(order, _ORDER),
+            sample_ptr=nothing if sample is None else sample,
+            **strides_of(sample, ("sample_batch", "sample_head", "sample_rectangle")),
+            rank_ptr=nothing if rank is None else rank,
+            **strides_of(rank, ("rank_batch", "rank_head", "rank_rectangle")),
+            weight_ptr=nothing if weight is None else weight,
+            **strides_of(
+                weight, ("weight_batch", "weight_head", "weight_rectangle", "weight_slot")
+            ),
+            index_ptr=index, log_weight_ptr=nothing if weights is None else weights,
+            count_ptr=count, key_heads=key_heads, num_tiles=tiles,
+            num_samples=plan.num_samples, exact_slots=exact, list_slots=shape[-1],
+            WEIGHTS=not alike, BLOCK=min(256, exact), SAMPLES=samples,
+        )  # fmt: skip
+    return index, (weight if alike else weights), count
+
+
+def places_of(
+    view: PlanView, query: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor
+) -> dict[str, Any]:
+    """Return row, log normaliser and delta of every place of the tiles, as arguments."""
+    batch, heads, rows = lse.shape
+    place_tile = _padded(view.places)
+    shape = (batch, view.plan_heads, view.num_tiles, place_tile)
+    row = torch.empty(shape, dtype=torch.int32, device=lse.device)
+    place_lse, place_delta = (torch.empty(shape, device=lse.device) for _ in range(2))
+    block = 128 if place_tile % 128 == 0 else place_tile
+    programs = batch * view.plan_heads * view.num_tiles * (place_tile // block)
+    if programs:
+        places_kernel[(programs,)](
+            **view.order, lse_ptr=lse, delta_ptr=delta, row_ptr=row, place_lse_ptr=place_lse,
+            place_delta_ptr=place_delta, plan_heads=view.plan_heads, query_heads=heads,
+            num_tiles=view.num_tiles, tile_slots=view.tile_slots, num_queries=rows, place_tile=place_tile,
+            GROUP=view.group, ROWS=view.rows, BLOCK=block,
+        )  # fmt: skip
+    return {
+        "place_row_ptr": row, "place_lse_ptr": place_lse, "place_delta_ptr": place_delta,
+        "place_tile": place_tile,
+    }  # fmt: skip
+
+
+def _padded(count: int) -> int:
+    """Return the count rounded up to whole blocks: of 128, or of a smaller power of two."""
+    block: int = min(128, max(16, triton.next_power_of_2(count)))
+    return -(-count // block) * block
 
 
 def _tile_view(plan: TilePlan, nothing: torch.Tensor) -> PlanView:
@@ -145,28 +226,31 @@ def _tile_view(plan: TilePlan, nothing: torch.Tensor) -> PlanView:
     def or_nothing(tensor: torch.Tensor | None) -> torch.Tensor:
         return nothing if tensor is None else tensor.contiguous()
 
-    arguments = {
-        "table_ptr": nothing, "order_ptr": nothing if order is None else order,
-        "range_ptr": nothing, "index_ptr": index, "rank_ptr": nothing,
-        "weight_ptr": nothing if plan.log_weight is None else plan.log_weight,
-        "value_weight_ptr": nothing if plan.value_log_weight is None else plan.value_log_weight,
-        "counts_ptr": torch.stack([count.int() for count in counts], dim=-1),
-        "cap_ptr": or_nothing(plan.log_cap), "floor_ptr": or_nothing(plan.log_floor),
-        "ex_rank_ptr": or_nothing(excluded and excluded.key_rank),
-        "ex_start_ptr": or_nothing(excluded and excluded.start),
-        "ex_stop_ptr": or_nothing(excluded and excluded.stop),
-        "summary_key_ptr": or_nothing(plan.summary_key),
-        "summary_value_ptr": or_nothing(plan.summary_value),
-        **_strides(order, _ORDER), **_strides(None, _RANGE), **_strides(index, _LIST),
-        **_strides(plan.log_weight, _WEIGHT), **_strides(plan.value_log_weight, _VALUE_WEIGHT),
-        "num_summaries": plan.num_summaries, "left": left, "right": right,
-        "position_offset": plan.position_offset,
-    }  # fmt: skip
     return PlanView(
         rows=CONSECUTIVE if order is None else ORDERED, plan_heads=heads,
         group=plan.num_query_heads // heads, num_tiles=tiles, tile_slots=tile_slots,
-        list_slots=slots, range_slots=0, rectangles=1, covers_all_rows=order is None and slots > 0,
-        arguments=arguments,
+        list_slots=slots, covers_all_rows=order is None and slots > 0,
+        order={
+            "table_ptr": nothing, "order_ptr": or_nothing(order), **strides_of(order, _ORDER),
+        },
+        lists={
+            "index_ptr": index, "exact_slots": 0,
+            "weight_ptr": nothing if plan.log_weight is None else plan.log_weight,
+            "value_weight_ptr": nothing if plan.value_log_weight is None else plan.value_log_weight,
+            "counts_ptr": torch.stack([count.int() for count in counts], dim=-1),
+            **strides_of(index, LIST), **strides_of(plan.log_weight, WEIGHT),
+            **strides_of(plan.value_log_weight, _VALUE_WEIGHT),
+        },
+        features={
+            "cap_ptr": or_nothing(plan.log_cap), "floor_ptr": or_nothing(plan.log_floor),
+            "ex_rank_ptr": or_nothing(excluded and excluded.key_rank),
+            "ex_start_ptr": or_nothing(excluded and excluded.start),
+            "ex_stop_ptr": or_nothing(excluded and excluded.stop),
+            "summary_key_ptr": or_nothing(plan.summary_key),
+            "summary_value_ptr": or_nothing(plan.summary_value),
+            "num_summaries": plan.num_summaries, "left": left, "right": right,
+            "position_offset": plan.position_offset,
+        },
         variant={
             "HAS_WEIGHT": plan.log_weight is not None,
             "HAS_VALUE_WEIGHT": plan.value_log_weight is not None,
@@ -178,19 +262,24 @@ def _tile_view(plan: TilePlan, nothing: torch.Tensor) -> PlanView:
     )  # fmt: skip
 
 
+def is_wide(tensor: torch.Tensor) -> bool:
+    """Whether offsets within a head need 64 bits."""
+    return tensor.shape[2] * tensor.stride(2) + tensor.shape[3] >= 2**31
+
+
 def kernel_arguments(
     view: PlanView, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> dict[str, Any]:
-    """Return what every kernel takes for a plan and the three inputs."""
+    """Return what every attention kernel takes for a plan and the three inputs."""
     return {
         "q_ptr": query, "k_ptr": key, "v_ptr": value,
-        **_strides(query, ("q_batch", "q_head", "q_row")),
-        **_strides(key, ("k_batch", "k_head", "k_row")),
-        **_strides(value, ("v_batch", "v_head", "v_row")),
-        **view.arguments, **view.variant,
+        **strides_of(query, ("q_batch", "q_head", "q_row")),
+        **strides_of(key, ("k_batch", "k_head", "k_row")),
+        **strides_of(value, ("v_batch", "v_head", "v_row")),
+        **view.features, **view.variant, **view.lists, "table_ptr": view.order["table_ptr"],
         "plan_heads": view.plan_heads, "query_heads": query.shape[1], "key_heads": key.shape[1],
         "num_tiles": view.num_tiles, "tile_slots": view.tile_slots,
-        "num_queries": query.shape[2], "num_keys": key.shape[2], "num_slots": view.list_slots,
+        "num_queries": query.shape[2], "num_keys": key.shape[2],
+        "WIDE": any(is_wide(x) for x in (query, key, value)),
         "scale": scale, "GROUP": view.group, "D": query.shape[-1], "D_V": value.shape[-1],
-        "ROWS": view.rows,
     }  # fmt: skip

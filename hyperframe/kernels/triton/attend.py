@@ -14,11 +14,14 @@ import torch
 
 from ...blockplan import BlockPlan
 from ...plan import TilePlan
-from .arguments import BLOCKED, PlanView, kernel_arguments, view_of
+from ...tables import int_table, kept
+from ..fused_exact import leaf_backward, leaf_forward
+from .arguments import LIST, WEIGHT, PlanView, is_wide, kernel_arguments, places_of, strides_of, view_of
 from .backward_keys import add_samples_kernel, backward_keys_kernel
-from .backward_rows import backward_rows_kernel, delta_kernel
+from .backward_rows import backward_rows_kernel
 from .configs import Config, choose, launch, padded
 from .forward import forward_kernel
+from .lists import delta_kernel
 
 __all__ = ["backward", "forward"]
 
@@ -63,8 +66,6 @@ def forward(
     if any(view.variant["HAS_FLOOR"] for view in views):
         floored = torch.zeros((batch, heads, rows), dtype=torch.int8, device=query.device)
     if leaf is not None:
-        from ..fused_exact import leaf_forward
-
         out, lse = leaf_forward(query, key, value, leaf=leaf, scale=scale)
         out, lse = out.contiguous(), lse.contiguous()
     else:
@@ -85,22 +86,20 @@ def _forward_plan(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, view: PlanView, out: torch.Tensor,
     lse: torch.Tensor, floored: torch.Tensor, scale: float, *, merge: bool,
 ) -> None:  # fmt: skip
-    given = {
-        **kernel_arguments(view, query, key, value, scale), **_shape(query, value),
-        "out_ptr": out, "lse_ptr": lse, "floored_ptr": floored,
-        "o_batch": out.stride(0), "o_head": out.stride(1), "o_row": out.stride(2),
-        "HAS_RANGE": view.range_slots > 0, "HAS_LIST": view.list_slots > 0, "MERGE": merge,
-    }  # fmt: skip
-    given.setdefault("floor_ptr", query)
-    tile_rows = view.tile_slots * view.group
     programs = query.shape[0] * view.plan_heads * view.num_tiles
     if programs == 0 or query.shape[2] == 0:
         return
+    given = {
+        "floor_ptr": query, **kernel_arguments(view, query, key, value, scale), **view.order,
+        **_shape(query, value), "ROWS": view.rows, "MERGE": merge,
+        "out_ptr": out, "lse_ptr": lse, "floored_ptr": floored,
+        "o_batch": out.stride(0), "o_head": out.stride(1), "o_row": out.stride(2),
+    }  # fmt: skip
     launch(
         forward_kernel, ("forward", merge, *_variant(view, query, value)),
-        choose("forward", query, value, tile_rows, max(view.list_slots, view.range_slots)),
-        lambda config: programs * -(-tile_rows // config.block_m),
-        lambda config: {**given, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
+        choose("forward", query, value, view.places, view.list_slots),
+        lambda config: programs * -(-view.places // config.block_m),
+        lambda config: {**given, **config.blocks()},
     )  # fmt: skip
 
 
@@ -109,33 +108,49 @@ def backward(
     value: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, floored: torch.Tensor,
     plans: Sequence[Plan], leaf: int | None, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return the gradients of query, and of keys and values with any summaries behind them.
-
-    Leaves take no gradient of `lse`: the caller keeps them out of such a call.
-    """
+    """Return the gradients of query, and of keys and values with any summaries behind them."""
     query, key, value, grad_out = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, grad_out)
     )
     delta = _delta(out, grad_out, grad_lse)
     views = [view_of(plan, query) for plan in plans]
+    if leaf is not None and grad_lse is not None:
+        # the fused kernel of the leaves takes no gradient of lse: a plan of the leaves does
+        views.append(view_of(_leaf_plan(query, key, leaf), query))
+        leaf = None
     sums = _Gradients(query, key, value, views, leaf)
     if leaf is not None:
-        from ..fused_exact import leaf_backward
-
         sums.start(leaf_backward(grad_out, query, key, value, out, lse, leaf=leaf, scale=scale))
     for view in views:
         given = {
             **kernel_arguments(view, query, key, value, scale), **_shape(query, value),
+            **places_of(view, query, lse, delta), "floored_ptr": floored,
             "grad_out_ptr": grad_out, "g_batch": grad_out.stride(0), "g_head": grad_out.stride(1),
-            "g_row": grad_out.stride(2), "lse_ptr": lse, "delta_ptr": delta,
-            "floored_ptr": floored, "first_program": 0,
+            "g_row": grad_out.stride(2),
         }  # fmt: skip
+        given["WIDE"] |= is_wide(grad_out)
         given.pop("floor_ptr", None)
-        if view.rows == BLOCKED:
+        if view.blocks is not None:
             _block_gradients(query, key, value, view, given, sums)
         else:
             _tile_gradients(query, key, value, view, given, sums)
     return sums.result()
+
+
+def _leaf_plan(query: torch.Tensor, key: torch.Tensor, leaf: int) -> TilePlan:
+    """Return the plan in which every row attends to the keys of its run up to its own."""
+    batch, key_heads, length = key.shape[:3]
+    tiles = -(-length // leaf)
+    index = torch.arange(tiles * leaf, dtype=torch.int32, device=key.device)
+    index = index.view(tiles, leaf).clamp(max=length - 1)
+    count = torch.full((tiles,), leaf, dtype=torch.int32, device=key.device)
+    count[-1] = length - (tiles - 1) * leaf
+    count = count.expand(batch, key_heads, tiles)
+    return TilePlan(
+        key_index=index.expand(batch, key_heads, tiles, leaf), key_count=count, heavy_count=count,
+        tile_size=leaf, num_query_heads=query.shape[1], num_queries=length, num_keys=length,
+        is_causal=True, disjoint=True,
+    )  # fmt: skip
 
 
 def _delta(
@@ -181,7 +196,7 @@ class _Gradients:
         self.dv: torch.Tensor | None = None
         self.sum_k: torch.Tensor | None = None
         self.sum_v: torch.Tensor | None = None
-        summaries = max((view.arguments["num_summaries"] for view in views), default=0)
+        summaries = max((view.num_summaries for view in views), default=0)
         self.rows = key.shape[2] + summaries
 
     def start(self, gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
@@ -222,23 +237,17 @@ def _gradient_of_rows(
     sums: _Gradients, *, scatter: bool,
 ) -> None:  # fmt: skip
     """Add a plan's part of `dQ`, and with `scatter` its part of `dK` and `dV`."""
-    tile_rows = view.tile_slots * view.group
     programs = query.shape[0] * view.plan_heads * view.num_tiles
     dk, dv = sums.shared() if scatter else (query, value)
     given = {
-        **given, "dq_ptr": sums.dq, "dk_ptr": dk, "dv_ptr": dv,
-        "HAS_RANGE": view.range_slots > 0, "HAS_LIST": view.list_slots > 0, "SCATTER": scatter,
-        "ACCUMULATE": sums.written,
+        **given, "dq_ptr": sums.dq, "dk_ptr": dk, "dv_ptr": dv, "ROWS": view.rows,
+        "SCATTER": scatter, "ACCUMULATE": sums.written,
     }  # fmt: skip
-    given.pop("first_program", None)
     launch(
         backward_rows_kernel, ("rows", scatter, sums.written, *_variant(view, query, value)),
-        choose(
-            "scatter" if scatter else "rows", query, value, tile_rows,
-            max(view.list_slots, view.range_slots),
-        ),
-        lambda config: programs * -(-tile_rows // config.block_m),
-        lambda config: {**given, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
+        choose("scatter" if scatter else "rows", query, value, view.places, view.list_slots),
+        lambda config: programs * -(-view.places // config.block_m),
+        lambda config: {**given, **config.blocks()},
     )  # fmt: skip
     sums.written = True
 
@@ -251,11 +260,16 @@ def _tile_gradients(
     if view.list_slots == 0:
         sums.shared()
         return
-    tile_rows = view.tile_slots * view.group
+    tile_rows = view.places
     if tile_rows < _FEWEST_ROWS_BY_KEY and not ordered:
         _gradient_of_rows(query, value, view, given, sums, scatter=True)
         return
     _gradient_of_rows(query, value, view, given, sums, scatter=False)
+    of_keys = {
+        **given, "range_ptr": query, "range_batch": 0, "range_head": 0, "rank_ptr": query,
+        "rank_batch": 0, "rank_head": 0, "rank_tile": 0, "num_slots": view.list_slots,
+    }  # fmt: skip
+    del of_keys["exact_slots"]
     config = choose("listed", query, value, tile_rows, view.list_slots)
     tiles = query.shape[0] * view.plan_heads * view.num_tiles
 
@@ -273,10 +287,11 @@ def _tile_gradients(
         def arguments(config: Config) -> dict[str, Any]:
             slot_blocks, parts, part_blocks = blocks(config)
             return {
-                **given, "dk_ptr": dk, "dv_ptr": dv, "FORM": _LISTED, "ATOMIC": atomic,
+                **of_keys, "dk_ptr": dk, "dv_ptr": dv, "FORM": _LISTED, "ATOMIC": atomic,
                 "ACCUMULATE": False, "num_parts": parts, "part_blocks": part_blocks,
+                "parts_ptr": query,
                 "first_program": first * slot_blocks * parts,
-                "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+                **config.blocks(),
             }  # fmt: skip
 
         launch(
@@ -313,9 +328,9 @@ def _sum_by_slot(view: PlanView, sums: _Gradients, tiles: int, run: Any) -> None
 def _flat_keys(view: PlanView, dk: torch.Tensor) -> torch.Tensor:
     """Return where in `[batch * key_heads * rows]` each slot of each tile adds: `[tiles, L]`."""
     batch, key_heads, rows = dk.shape[:3]
-    index = view.arguments["index_ptr"][:, :, : view.num_tiles].long()
+    index = view.lists["index_ptr"][:, :, : view.num_tiles].long()
     used = torch.arange(index.shape[-1], device=index.device)
-    used = used < view.arguments["counts_ptr"][..., :1].expand(*index.shape[:3], 1)
+    used = used < view.lists["counts_ptr"][..., :1].expand(*index.shape[:3], 1)
     # slots that count nothing hold zeros: they may add to any key
     index = torch.where(used & (index >= 0) & (index < rows), index, 0)
     head = torch.arange(view.plan_heads, device=index.device) * key_heads // view.plan_heads
@@ -327,69 +342,98 @@ def _block_gradients(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, view: PlanView,
     given: dict[str, Any], sums: _Gradients,
 ) -> None:  # fmt: skip
+    plan = view.blocks
+    assert plan is not None
     accumulate = sums.dk is not None
     _gradient_of_rows(query, value, view, given, sums, scatter=False)
     dk, dv = sums.owned()
     batch, heads, key_heads = query.shape[0], query.shape[1], key.shape[1]
     variant = _variant(view, query, value)
-
-    def row_blocks(config: Config) -> int:
-        return -(-view.tile_slots // config.block_m)
+    sample, rank = (
+        None if x is None else x.contiguous() for x in (plan.sample_index, plan.sample_rank)
+    )
+    weight = plan.sample_log_weight
+    order = plan.key_order.contiguous()
+    of_keys = {
+        **given, "first_program": 0, "ATOMIC": False,
+        "range_ptr": order, **strides_of(order, ("range_batch", "range_head")),
+        "index_ptr": order if sample is None else sample, **strides_of(sample, LIST),
+        "rank_ptr": order if rank is None else rank,
+        **strides_of(rank, ("rank_batch", "rank_head", "rank_tile")),
+        "weight_ptr": order if weight is None else weight, **strides_of(weight, WEIGHT),
+    }  # fmt: skip
+    del of_keys["exact_slots"]
 
     def range_arguments(config: Config) -> dict[str, Any]:
+        blocks = -(-view.places // config.block_m) * (heads // key_heads)
         return {
-            **given, "num_slots": view.range_slots, "dk_ptr": dk, "dv_ptr": dv, "FORM": _RANGE,
-            "ATOMIC": False, "ACCUMULATE": accumulate, "num_parts": 1,
-            "part_blocks": row_blocks(config) * (heads // key_heads), "HAS_WEIGHT": False,
-            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+            **of_keys, "num_slots": plan.max_keys, "dk_ptr": dk, "dv_ptr": dv, "FORM": _RANGE,
+            "ACCUMULATE": accumulate, "num_parts": 1, "parts_ptr": query, "part_blocks": blocks,
+            "HAS_WEIGHT": False, **config.blocks(),
         }  # fmt: skip
 
     launch(
         backward_keys_kernel, ("range", accumulate, *variant),
-        choose("range", query, value, view.tile_slots, view.range_slots),
-        lambda config: -(-view.range_slots // config.block_n) * view.num_tiles * batch * key_heads,
+        choose("range", query, value, view.places, plan.max_keys),
+        lambda config: -(-plan.max_keys // config.block_n) * view.num_tiles * batch * key_heads,
         range_arguments,
     )  # fmt: skip
-    if view.list_slots == 0:
+    if sample is None or plan.num_samples == 0:
         return
-    # every part: some consecutive tiles of one rectangle
-    tiles = view.num_tiles // view.rectangles
-    wanted = max(1, _PROGRAMS // max(1, batch * heads * view.rectangles * -(-view.list_slots // 64)))
-    part_tiles = next(size for size in range(-(-tiles // wanted), tiles + 1) if tiles % size == 0)
-    parts = view.num_tiles // part_tiles
-    shape = (batch, heads, parts, view.list_slots)
+    slot_blocks = -(-plan.num_samples // 64)
+    wanted = _PROGRAMS // max(1, batch * heads * len(plan.tile_counts) * slot_blocks)
+    table = _parts(plan.tile_counts, max(1, wanted), query.device)
+    shape = (batch, heads, table.shape[0], plan.num_samples)
     part_k = torch.empty((*shape, key.shape[-1]), device=key.device)
     part_v = torch.empty((*shape, value.shape[-1]), device=key.device)
 
     def sampled_arguments(config: Config) -> dict[str, Any]:
         return {
-            **given, "dk_ptr": part_k, "dv_ptr": part_v, "FORM": _SAMPLED, "ATOMIC": False,
-            "ACCUMULATE": False, "num_parts": parts, "part_blocks": row_blocks(config) * part_tiles,
-            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+            **of_keys, "num_slots": plan.num_samples, "dk_ptr": part_k, "dv_ptr": part_v,
+            "FORM": _SAMPLED, "ACCUMULATE": False, "num_parts": table.shape[0],
+            "parts_ptr": table, "part_blocks": 0, "HAS_WEIGHT": True,
+            **config.blocks(),
         }  # fmt: skip
 
     launch(
         backward_keys_kernel, ("sampled", *variant),
-        choose("sampled", query, value, view.tile_slots, view.list_slots),
-        lambda config: -(-view.list_slots // config.block_n) * parts * batch * heads,
+        choose("sampled", query, value, view.places, plan.num_samples),
+        lambda config: -(-plan.num_samples // config.block_n) * table.shape[0] * batch * heads,
         sampled_arguments,
     )  # fmt: skip
     for part, total in ((part_k, dk), (part_v, dv)):
-        _add_samples(part, total, view, parts)
+        _add_samples(part, total, plan, sample)
 
 
-def _add_samples(part: torch.Tensor, total: torch.Tensor, view: PlanView, parts: int) -> None:
+@kept
+def _parts(tile_counts: tuple[int, ...], wanted: int, device: torch.device) -> torch.Tensor:
+    """Cut the tiles of every rectangle into equally many parts: int32 `[parts, 3]`.
+
+    First tile, one past the last, and rectangle; some parts of a short rectangle are empty.
+    """
+    each = max(1, min(wanted, max(tile_counts, default=1)))
+    rows, before = [], 0
+    for rectangle, count in enumerate(tile_counts):
+        bounds = [before + part * count // each for part in range(each + 1)]
+        rows += [(*pair, rectangle) for pair in zip(bounds, bounds[1:], strict=False)]
+        before += count
+    return int_table(rows, 3, device)
+
+
+def _add_samples(
+    part: torch.Tensor, total: torch.Tensor, plan: BlockPlan, sample: torch.Tensor
+) -> None:
     """Add gradients of samples `[batch, heads, parts, m, d]` to `[batch, key_heads, n_k, d]`."""
-    batch, heads = part.shape[:2]
+    batch, heads, parts = part.shape[:3]
     key_heads, num_keys, width = total.shape[1:]
+    rectangles = len(plan.tile_counts)
     of_rectangle = part.view(
-        batch, key_heads, heads // key_heads, view.rectangles, parts // view.rectangles,
-        view.list_slots, width,
+        batch, key_heads, heads // key_heads, rectangles, parts // rectangles, plan.num_samples,
+        width,
     ).sum((2, 4))  # fmt: skip
     block = 32 if width <= 128 else 16
-    names = ("index_ptr", "index_batch", "index_head", "index_tile")
-    add_samples_kernel[(batch * key_heads * view.rectangles * -(-view.list_slots // block),)](
-        **{name: view.arguments[name] for name in names}, part_ptr=of_rectangle, out_ptr=total,
-        key_heads=key_heads, rectangles=view.rectangles, num_keys=num_keys,
-        num_slots=view.list_slots, D=width, BLOCK_D=padded(width), BLOCK_N=block,
+    add_samples_kernel[(batch * key_heads * rectangles * -(-plan.num_samples // block),)](
+        index_ptr=sample, **strides_of(sample, LIST), part_ptr=of_rectangle, out_ptr=total,
+        key_heads=key_heads, rectangles=rectangles, num_keys=num_keys,
+        num_slots=plan.num_samples, D=width, BLOCK_D=padded(width), BLOCK_N=block,
     )  # fmt: skip

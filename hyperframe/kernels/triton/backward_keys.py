@@ -16,7 +16,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import BLOCKED, CONSECUTIVE, LOG2_E, load_rows, shares, slot_keys, tile_rows, visible
+from .common import (
+    LOG2_E,
+    load_once,
+    load_rows,
+    load_weights,
+    seen_positions,
+    shares,
+    visible,
+)
 
 _SIZES = ["num_tiles", "tile_slots", "num_queries", "num_keys", "num_summaries", "left", "right"]
 
@@ -25,22 +33,36 @@ RANGE: tl.constexpr = tl.constexpr(1)
 SAMPLED: tl.constexpr = tl.constexpr(2)
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "position_offset", "first_program"])
+@triton.jit
+def block_places(
+    block, blocks, head, tile, num_tiles, place_tile, lane, FORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Return where a block of rows stands among the places of its batch item."""
+    if FORM == RANGE:
+        head += block // blocks
+    if FORM == SAMPLED:
+        tile = block // blocks
+    first = (head * num_tiles + tile).to(tl.int64) * place_tile
+    return first + block % blocks * BLOCK_M + lane
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "position_offset", "first_program", "part_blocks", "place_tile"])
 def backward_keys_kernel(
-    q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, floored_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, grad_out_ptr, floored_ptr, dk_ptr, dv_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    g_batch, g_head, g_row,
-    table_ptr, order_ptr, order_batch, order_head, range_ptr, range_batch, range_head,
-    index_ptr, index_batch, index_head, index_tile,
-    rank_ptr, weight_ptr, weight_batch, weight_head, weight_tile, weight_slot,
+    g_batch, g_head, g_row, place_row_ptr, place_lse_ptr, place_delta_ptr, place_tile,
+    table_ptr, range_ptr, range_batch, range_head, index_ptr, index_batch, index_head, index_tile,
+    rank_ptr, rank_batch, rank_head, rank_tile,
+    weight_ptr, weight_batch, weight_head, weight_tile, weight_slot,
     value_weight_ptr, vw_batch, vw_head, vw_tile, vw_slot,
     counts_ptr, cap_ptr, ex_rank_ptr, ex_start_ptr, ex_stop_ptr,
     summary_key_ptr, summary_value_ptr,
     plan_heads, query_heads, key_heads, num_tiles, tile_slots, num_queries, num_keys,
     num_summaries, num_slots, left, right, position_offset, scale, first_program,
-    num_parts, part_blocks,
+    parts_ptr, num_parts, part_blocks,
     GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, THREADS: tl.constexpr, WIDE: tl.constexpr,
     FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_VALUE_WEIGHT: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_FLOOR: tl.constexpr, HAS_BAND: tl.constexpr,
     IS_CAUSAL: tl.constexpr, NUM_EXCLUDED: tl.constexpr, SUMMARIES: tl.constexpr,
@@ -48,19 +70,22 @@ def backward_keys_kernel(
 ):  # fmt: skip
     """See the module.
 
-    A part is `part_blocks` blocks of rows: of one tile (`LISTED`), of consecutive tiles
-    (`SAMPLED`); `RANGE` has one part. `num_slots` is the longest list or range of a tile.
+    A part is `part_blocks` blocks of rows of one tile (`LISTED`), or the tiles from `parts[p, 0]`
+    to `parts[p, 1]` of a rectangle `parts[p, 2]` (`SAMPLED`); `RANGE` has one part. `num_slots` is
+    the longest list or range of a tile.
     """
     SPLIT: tl.constexpr = HAS_VALUE_WEIGHT or HAS_CAP or HAS_FLOOR
-    blocks = tl.cdiv(tile_slots * GROUP, BLOCK_M)
+    places = tile_slots * GROUP
+    blocks = tl.cdiv(places, BLOCK_M)
     slot_blocks = tl.cdiv(num_slots, BLOCK_N)
     program = tl.program_id(0) + first_program
+    lane = tl.arange(0, BLOCK_M)
     slot = program % slot_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     part = program // slot_blocks % num_parts
     rest = program // (slot_blocks * num_parts)
     # the heads of the rows: RANGE walks over all that share the key head
     if FORM == SAMPLED:
-        tile = part * part_blocks // blocks
+        tile = tl.load(parts_ptr + part * 3)
         head = rest % plan_heads
         batch = (rest // plan_heads).to(tl.int64)
         key_head = head * key_heads // plan_heads
@@ -79,108 +104,134 @@ def backward_keys_kernel(
     dim_v = tl.arange(0, BLOCK_DV)
 
     # ---- the slots
-    first_key, last_key, heavy_count, band_count = 0, 0, 0, 0
+    heavy_count, band_count = 0, 0
     bias = tl.zeros([BLOCK_N], tl.float32)
     rank = slot
     if FORM == RANGE:
         first_key = tl.load(table_ptr + tile * 5 + 2)
-        last_key = tl.load(table_ptr + tile * 5 + 3)
-        range_ptr += batch * range_batch + key_head.to(tl.int64) * range_head + first_key
-        used = slot < last_key - first_key
-        key = tl.load(range_ptr + slot, mask=used, other=0)
-    else:
-        list_tile = tile
-        list_head = head
+        key_count = tl.load(table_ptr + tile * 5 + 3) - first_key
+        index_ptr = range_ptr + batch * range_batch + key_head.to(tl.int64) * range_head + first_key
+    elif FORM == SAMPLED:
+        rectangle = tl.load(parts_ptr + part * 3 + 2).to(tl.int64)
+        list_head = key_head.to(tl.int64)
         key_count = num_slots
-        if FORM == SAMPLED:
-            list_tile = tl.load(table_ptr + tile * 5 + 4)
-            list_head = key_head
-        else:
-            counts = counts_ptr + ((batch * plan_heads + head) * num_tiles + tile) * 3
-            key_count = tl.load(counts)
-            heavy_count = tl.load(counts + 1)
-            band_count = tl.load(counts + 2)
-        tile64 = list_tile.to(tl.int64)
-        head64 = list_head.to(tl.int64)
-        index_ptr += batch * index_batch + head64 * index_head + tile64 * index_tile
-        rank_ptr += batch * index_batch + head64 * index_head + tile64 * index_tile
-        weight_ptr += batch * weight_batch + head64 * weight_head + tile64 * weight_tile
-        value_weight_ptr += batch * vw_batch + head64 * vw_head + tile64 * vw_tile
-        key, unused_place, used = slot_keys(
-            slot, 0, range_ptr, 0, index_ptr, key_count, num_keys + num_summaries, False, True
-        )
-        if HAS_WEIGHT:
-            weight = tl.load(weight_ptr + slot * weight_slot, mask=used, other=0.0)
-            bias += weight.to(tl.float32) * LOG2_E
-        if FORM == SAMPLED:
-            rank = tl.load(rank_ptr + slot, mask=used, other=-1)
-    bias = tl.where(used, bias, float("-inf"))
+        index_ptr += batch * index_batch + list_head * index_head + rectangle * index_tile
+        rank_ptr += batch * rank_batch + list_head * rank_head + rectangle * rank_tile
+        weight_ptr += batch * weight_batch + list_head * weight_head + rectangle * weight_tile
+        rank = tl.load(rank_ptr + slot, mask=slot < key_count, other=-1)
+    else:
+        list_head = head.to(tl.int64)
+        tile64 = tile.to(tl.int64)
+        counts = counts_ptr + ((batch * plan_heads + head) * num_tiles + tile) * 3
+        key_count = tl.load(counts)
+        heavy_count = tl.load(counts + 1)
+        band_count = tl.load(counts + 2)
+        index_ptr += batch * index_batch + list_head * index_head + tile64 * index_tile
+        weight_ptr += batch * weight_batch + list_head * weight_head + tile64 * weight_tile
+        value_weight_ptr += batch * vw_batch + list_head * vw_head + tile64 * vw_tile
+    key = tl.load(index_ptr + slot, mask=slot < key_count, other=0).to(tl.int32)
+    key = tl.minimum(tl.maximum(key, 0), num_keys + num_summaries - 1)
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + slot * weight_slot, mask=slot < key_count, other=0.0)
+        bias += weight.to(tl.float32) * LOG2_E
+    used = slot < key_count
+    bias = tl.where(slot < key_count, bias, float("-inf"))
     value_bias = bias
     if HAS_VALUE_WEIGHT:
-        weight = tl.load(value_weight_ptr + slot * vw_slot, mask=used, other=0.0)
-        value_bias = tl.where(used, weight.to(tl.float32) * LOG2_E, float("-inf"))
+        value_bias = load_weights(value_weight_ptr + slot * vw_slot, slot, key_count, BLOCK_N, BLOCK_N)
     k_ptr += batch * k_batch + key_head.to(tl.int64) * k_head
     v_ptr += batch * v_batch + key_head.to(tl.int64) * v_head
     summary_key_ptr += flat_key_head * num_summaries * D
     summary_value_ptr += flat_key_head * num_summaries * D_V
+    # slots that are not used hold the first key of the list, and weigh nothing
+    first = tl.load(index_ptr, mask=key_count > 0, other=0).to(tl.int32)
+    key = tl.where(used, key, tl.minimum(tl.maximum(first, 0), num_keys - 1))
     k = load_rows(
-        k_ptr, key[:, None], used[:, None], k_row, dim[None, :], D, summary_key_ptr, num_keys,
-        SUMMARIES,
+        k_ptr, key[:, None], k_row, dim[None, :], summary_key_ptr, num_keys, D, BLOCK_D, SUMMARIES,
+        WIDE,
     )  # fmt: skip
     v = load_rows(
-        v_ptr, key[:, None], used[:, None], v_row, dim_v[None, :], D_V, summary_value_ptr, num_keys,
-        SUMMARIES,
+        v_ptr, key[:, None], v_row, dim_v[None, :], summary_value_ptr, num_keys, D_V, BLOCK_DV,
+        SUMMARIES, WIDE,
     )  # fmt: skip
     ex_rank_ptr += flat_key_head * NUM_EXCLUDED * num_keys
 
     # ---- the rows
-    order_ptr += batch * order_batch
     q_ptr += batch * q_batch
     grad_out_ptr += batch * g_batch
     first_block = part * part_blocks
     last_block = first_block + part_blocks
     if FORM == LISTED:
         last_block = tl.minimum(last_block, blocks)
+    if FORM == SAMPLED:
+        first_block = tile * blocks
+        last_block = tl.load(parts_ptr + part * 3 + 1) * blocks
+    low, span = seen_positions(
+        key, slot, heavy_count, band_count, left, right, num_keys, IS_CAUSAL, HAS_BAND
+    )
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     factor = scale * LOG2_E
+    first_place = batch * plan_heads * num_tiles * place_tile
+    place_row_ptr += first_place
+    place_lse_ptr += first_place
+    place_delta_ptr += first_place
+    all_of_it = lane >= 0
+    of_batch = block_places(
+        first_block, blocks, head, tile, num_tiles, place_tile, lane, FORM, BLOCK_M
+    )
+    next_row = tl.load(place_row_ptr + of_batch)
+    next_lse = load_once(place_lse_ptr + of_batch, all_of_it, 0.0, BLOCK_M, THREADS)
+    next_delta = load_once(place_delta_ptr + of_batch, all_of_it, 0.0, BLOCK_M, THREADS)
     for block in range(first_block, last_block):
-        place = block % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+        row = next_row
+        lse = next_lse
+        delta = next_delta
+        of_batch = block_places(
+            tl.minimum(block + 1, last_block - 1), blocks, head, tile, num_tiles, place_tile, lane,
+            FORM, BLOCK_M,
+        )  # fmt: skip
+        next_row = tl.load(place_row_ptr + of_batch)
+        next_lse = load_once(place_lse_ptr + of_batch, all_of_it, 0.0, BLOCK_M, THREADS)
+        next_delta = load_once(place_delta_ptr + of_batch, all_of_it, 0.0, BLOCK_M, THREADS)
+        # places without a row hold the first row of their tile, and weigh nothing
+        row = tl.where(row < 0, -1 - row, row)
+        place = block % blocks * BLOCK_M + lane
         row_tile = tile
         row_head = head
-        slots_here = tile_slots
-        row_order = order_ptr
         if FORM == RANGE:
             row_head = head + block // blocks
         if FORM == SAMPLED:
             row_tile = block // blocks
-        row_order += row_head.to(tl.int64) * order_head
-        if ROWS == BLOCKED:
-            first = tl.load(table_ptr + row_tile * 5)
-            slots_here = tl.load(table_ptr + row_tile * 5 + 1) - first
-            row_order += first
-        row, is_row = tile_rows(place // GROUP, row_tile, slots_here, row_order, num_queries, ROWS)
         query_head = row_head * GROUP + place % GROUP
+        if GROUP == 1:
+            head64 = row_head.to(tl.int64)
+            q = load_rows(
+                q_ptr + head64 * q_head, row[:, None], q_row, dim[None, :], q_ptr, num_queries, D,
+                BLOCK_D, False, WIDE,
+            )  # fmt: skip
+            grad_out = load_rows(
+                grad_out_ptr + head64 * g_head, row[:, None], g_row, dim_v[None, :], grad_out_ptr,
+                num_queries, D_V, BLOCK_DV, False, WIDE,
+            )  # fmt: skip
+        else:
+            heads64 = query_head.to(tl.int64)
+            offset = heads64 * q_head + row.to(tl.int64) * q_row
+            q = load_rows(
+                q_ptr, offset[:, None], 1, dim[None, :], q_ptr, num_queries, D, BLOCK_D, False, True
+            )
+            offset = heads64 * g_head + row.to(tl.int64) * g_row
+            grad_out = load_rows(
+                grad_out_ptr, offset[:, None], 1, dim_v[None, :], grad_out_ptr, num_queries, D_V,
+                BLOCK_DV, False, True,
+            )  # fmt: skip
         flat_row = (batch * query_heads + query_head) * num_queries + row
-        q_offset = query_head.to(tl.int64) * q_head + row.to(tl.int64) * q_row
-        q = tl.load(
-            q_ptr + q_offset[:, None] + dim[None, :],
-            mask=is_row[:, None] & (dim < D)[None, :], other=0.0,
-        )  # fmt: skip
-        g_offset = query_head.to(tl.int64) * g_head + row.to(tl.int64) * g_row
-        grad_out = tl.load(
-            grad_out_ptr + g_offset[:, None] + dim_v[None, :],
-            mask=is_row[:, None] & (dim_v < D_V)[None, :], other=0.0,
-        )  # fmt: skip
-        lse = tl.load(lse_ptr + flat_row, mask=is_row, other=float("-inf")) * LOG2_E
-        lse = tl.where(lse == float("-inf"), float("inf"), lse)
-        delta = tl.load(delta_ptr + flat_row, mask=is_row, other=0.0)
         cap = lse
         if HAS_CAP:
-            cap = tl.load(cap_ptr + flat_row, mask=is_row, other=0.0).to(tl.float32) * LOG2_E
+            cap = tl.load(cap_ptr + flat_row, volatile=True).to(tl.float32) * LOG2_E
         is_floored = row
         if HAS_FLOOR:
-            is_floored = tl.load(floored_ptr + flat_row, mask=is_row, other=0).to(tl.int32)
+            is_floored = tl.load(floored_ptr + flat_row, volatile=True).to(tl.int32)
         block_bias = bias
         block_value_bias = value_bias
         if FORM == SAMPLED:
@@ -197,9 +248,9 @@ def backward_keys_kernel(
         if IS_CAUSAL or HAS_BAND or NUM_EXCLUDED > 0:
             row_offset = (batch * query_heads + query_head) * NUM_EXCLUDED * num_queries
             seen = visible(
-                row[None, :], row_offset[None, :], key[:, None], slot[:, None], heavy_count,
-                band_count, left, right, num_keys, ex_rank_ptr, ex_start_ptr, ex_stop_ptr,
-                num_queries, position_offset, IS_CAUSAL, HAS_BAND, NUM_EXCLUDED,
+                row[None, :], row_offset[None, :], key[:, None], low[:, None], span[:, None],
+                ex_rank_ptr, ex_start_ptr, ex_stop_ptr, num_keys, num_queries, position_offset,
+                NUM_EXCLUDED,
             )  # fmt: skip
             by_value = tl.where(seen, by_value, 0.0)
             if SPLIT:
@@ -214,7 +265,7 @@ def backward_keys_kernel(
 
     dk *= scale
     if FORM == RANGE or ATOMIC:
-        target = flat_key_head * (num_keys + num_summaries) + key
+        target = flat_key_head * (num_keys + num_summaries) + tl.where(used, key, 0)
         stored = used
     else:
         # by head (and tile), part, slot
@@ -238,8 +289,7 @@ def backward_keys_kernel(
 @triton.jit
 def add_samples_kernel(
     index_ptr, index_batch, index_head, index_tile, part_ptr, out_ptr, key_heads, rectangles,
-    num_keys, num_slots, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    num_keys, num_slots, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the gradients of sampled slots to their keys; several slots may name one key.
 

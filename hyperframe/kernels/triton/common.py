@@ -1,7 +1,7 @@
-"""What the attention kernels share: rows of a tile, slots of its list, visibility, weights.
+"""What the attention kernels share: rows of a tile, visibility, gathering, shares.
 
 The three kernels (`forward`, `backward_rows`, `backward_keys`) differ in what they keep in registers
-and what they loop over; which key a slot names, who sees it and what it weighs is said once, here.
+and what they loop over; which row a slot owns, who sees a key and what it weighs is said once, here.
 Functions that take rows and slots work on `[rows, 1]` with `[1, slots]` as well as transposed.
 
 Weights are in units of log2, because `exp2` is what the hardware has.
@@ -21,96 +21,160 @@ BLOCKED: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
-def tile_rows(slot, tile, num_slots, order_ptr, num_queries, ROWS: tl.constexpr):  # fmt: skip
-    """Return the query row of some slots of a tile, and whether there is one.
+def tile_rows(
+    slot, tile, num_slots, order_ptr, table_ptr, num_queries, ROWS: tl.constexpr
+):  # fmt: skip
+    """Return the query row of some slots of a tile, 0 for none, and whether there is one.
 
-    `num_slots` slots belong to a tile. `order_ptr` points at the head's order, or, for a block, at
-    the block's first place in it.
+    `num_slots` slots belong to a tile, or as many as its block has; `order_ptr` points at the
+    order of the head.
     """
     used = slot < num_slots
     if ROWS == CONSECUTIVE:
         row = tile * num_slots + slot
     elif ROWS == ORDERED:
-        row = tl.load(order_ptr + tile.to(tl.int64) * num_slots + slot, mask=used, other=-1)
-        row = row.to(tl.int32)
+        place = tile.to(tl.int64) * num_slots + slot
+        row = tl.load(order_ptr + place, mask=used, other=-1).to(tl.int32)
     else:
-        row = tl.load(order_ptr + slot, mask=used, other=-1)
+        first = tl.load(table_ptr + tile * 5)
+        used = slot < tl.load(table_ptr + tile * 5 + 1) - first
+        row = tl.load(order_ptr + first + slot, mask=used, other=-1)
     used = used & (row >= 0) & (row < num_queries)
     return tl.where(used, row, 0), used
 
 
 @triton.jit
-def slot_keys(
-    slot, range_slots, range_ptr, range_length, index_ptr, key_count, num_rows, HAS_RANGE: tl.constexpr,
-    HAS_LIST: tl.constexpr,
+def seen_positions(
+    key, slot, heavy_count, band_count, left, right, num_keys, IS_CAUSAL: tl.constexpr,
+    HAS_BAND: tl.constexpr,
 ):  # fmt: skip
-    """Return the key of each slot, the slot's place in the list, and whether it is in use.
+    """Return, for every slot, which query positions see it: from `low`, for `span` more.
 
-    The first `range_slots` slots (a multiple of the block of slots) are the range of the key
-    order, `range_length` of them in use; the list follows. Keys outside `[0, num_rows)` are never
-    read: their slots count as unused.
+    Positions are counted around the circle of 32-bit integers, so that one unsigned comparison
+    tests an interval, all positions, or all but an interval:
+
+    - banded slots are seen from `key - right` to `key + left`;
+    - exact slots from everywhere, sampled ones from everywhere but the band;
+    - under a causal mask from the key's own position on, of all these;
+    - summaries from everywhere.
     """
-    if HAS_RANGE and HAS_LIST:
-        in_range = slot < range_slots
-        place = slot - range_slots
-        key = tl.load(range_ptr + slot, mask=slot < range_length, other=0)
-        listed = (place >= 0) & (place < key_count)
-        key += tl.load(index_ptr + place, mask=listed, other=0)
-        used = tl.where(in_range, slot < range_length, listed)
-    elif HAS_RANGE:
-        place = slot
-        used = slot < range_length
-        key = tl.load(range_ptr + slot, mask=used, other=0)
-    else:
-        place = slot
-        used = slot < key_count
-        key = tl.load(index_ptr + slot, mask=used, other=0).to(tl.int32)
-    used = used & (key >= 0) & (key < num_rows)
-    return tl.where(used, key, 0), place, used
+    everywhere = -1  # the largest unsigned span
+    low = tl.zeros_like(key)
+    span = low + everywhere
+    if IS_CAUSAL:
+        low = key
+        span = tl.zeros_like(key) + 0x3FFFFFFF
+    if HAS_BAND:
+        is_sampled = slot >= heavy_count
+        is_banded = slot < band_count
+        if IS_CAUSAL:
+            low = tl.where(is_sampled, key + left + 1, key)
+            span = tl.where(is_banded, left, span)
+        else:
+            low = tl.where(is_sampled, key + left + 1, key - right)
+            span = tl.where(is_sampled, -(left + right + 2), everywhere)
+            span = tl.where(is_banded, left + right, span)
+    span = tl.where(key < num_keys, span, everywhere)
+    return low, span.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def visible(
-    row, row_offset, key, slot, heavy_count, band_count, left, right, num_keys, rank_ptr,
-    start_ptr, stop_ptr, num_queries, position_offset, IS_CAUSAL: tl.constexpr,
-    HAS_BAND: tl.constexpr, NUM_EXCLUDED: tl.constexpr,
+    row, row_offset, key, low, span, rank_ptr, start_ptr, stop_ptr, num_keys, num_queries,
+    position_offset, NUM_EXCLUDED: tl.constexpr,
 ):  # fmt: skip
-    """Return whether rows see slots, as far as it depends on both; broadcasts rows and slots.
+    """Return whether rows see slots; broadcasts rows and slots.
 
-    `row_offset` is the offset of the row's head in the `[batch, heads, R, n_q]` bounds.
+    `low` and `span` are those of `seen_positions`; `row_offset` is the offset of the row's head in
+    the `[batch, heads, R, n_q]` bounds of what other plans hold.
     """
-    offset = key - (row + position_offset)
+    position = row + position_offset
+    seen = (position - low).to(tl.uint32, bitcast=True) <= span
     real = key < num_keys
-    seen = (offset == offset)  # fmt: skip  # all True, in the shape of both
-    if IS_CAUSAL:
-        seen = seen & ((offset <= 0) | (key >= num_keys))
-    if HAS_BAND:
-        in_band = (offset >= -left) & (offset <= right) & real
-        seen = seen & (in_band | (slot >= band_count)) & ((slot < heavy_count) | (in_band == 0))
     for r in tl.static_range(NUM_EXCLUDED):
         rank = tl.load(rank_ptr + r * num_keys + tl.where(real, key, 0))
         start = tl.load(start_ptr + row_offset + r * num_queries + row)
         stop = tl.load(stop_ptr + row_offset + r * num_queries + row)
-        seen = seen & ((start > rank) | (rank >= stop) | (key >= num_keys))
+        seen = seen & ((start > rank) | (rank >= stop) | (real == 0))
     return seen
 
 
 @triton.jit
-def load_rows(ptr, row, used, stride, dim, size, summary_ptr, num_keys, SUMMARIES: tl.constexpr):
-    """Gather rows of a matrix: `[rows, dim]`, 0 where unused; keys from `num_keys` on are summaries.
+def needs_test(
+    key, start, band_count, first_position, last_position, left, right, num_keys,
+    IS_CAUSAL: tl.constexpr, HAS_BAND: tl.constexpr, NUM_EXCLUDED: tl.constexpr,
+):  # fmt: skip
+    """Return whether some row of a block might not see some slot, from bounds of the positions."""
+    if NUM_EXCLUDED > 0:
+        return True
+    if HAS_BAND:
+        near = (key >= first_position - left) & (key < num_keys)
+        if not IS_CAUSAL:
+            near = near & (key <= last_position + right)
+    else:
+        near = (key > first_position) & (key < num_keys)
+    return (start < band_count) | (tl.max(near.to(tl.int32), 0) > 0)
 
-    `dim` is `[1, D]`, `row` and `used` are `[N, 1]`; summaries are stored contiguously.
+
+@triton.jit
+def load_rows(
+    ptr, row, stride, dim, summary_ptr, num_keys, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    SUMMARIES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Gather rows of a matrix: `[rows, BLOCK]`, 0 from column `SIZE` on; all rows have to exist.
+
+    `row` is `[N, 1]`, `dim` `[1, BLOCK]`. Keys from `num_keys` on are summaries, which are stored
+    contiguously. `WIDE` says that offsets within the matrix need 64 bits, which cost more.
     """
-    inside = used & (dim < size)
+    if WIDE:
+        row = row.to(tl.int64)
     if SUMMARIES:
         real = row < num_keys
-        found = tl.load(ptr + row.to(tl.int64) * stride + dim, mask=inside & real, other=0.0)
+        inside = dim < SIZE
+        found = tl.load(ptr + (row * stride + dim), mask=inside & real, other=0.0)
         extra = tl.load(
-            summary_ptr + (row - num_keys).to(tl.int64) * size + dim, mask=inside & (row >= num_keys),
-            other=0.0,
+            summary_ptr + ((row - num_keys) * SIZE + dim),
+            mask=inside & (row >= num_keys), other=0.0,
         )  # fmt: skip
         return tl.where(real, found, extra)
-    return tl.load(ptr + row.to(tl.int64) * stride + dim, mask=inside, other=0.0)
+    elif SIZE == BLOCK:
+        # no mask: its bookkeeping would cost as much as the loads
+        return tl.load(ptr + (row * stride + dim))
+    else:
+        return tl.load(ptr + (row * stride + dim), mask=dim < SIZE, other=0.0)
+
+
+@triton.jit
+def load_once(ptr, used, other, COUNT: tl.constexpr, THREADS: tl.constexpr):
+    """Load a short vector once, instead of once for every layout that the compiler wants it in.
+
+    Cheap loads, of fewer elements than there are threads, are repeated by every thread for each
+    use: twenty instructions where one will do. Volatile loads are not repeated, and a vector
+    shorter than the program is loaded in as many copies as fill it.
+    """
+    if THREADS > COUNT:
+        copy = tl.arange(0, THREADS // COUNT)
+        place = ptr[:, None] + tl.zeros_like(copy)[None, :]
+        copies = tl.load(place, mask=used[:, None] & (copy >= 0)[None, :], other=other, volatile=True)
+        return tl.max(copies, 1)
+    else:
+        return tl.load(ptr, mask=used, other=other, volatile=True)
+
+
+@triton.jit
+def load_keys(index_ptr, slot, key_count, instead, num_rows):
+    """Return the keys of some slots, `instead` where a slot is not used; each of them exists."""
+    used = slot < key_count
+    key = tl.load(index_ptr + slot, mask=used, other=0).to(tl.int32)
+    key = tl.where(used, key, instead)
+    return tl.minimum(tl.maximum(key, 0), num_rows - 1)
+
+
+@triton.jit
+def load_weights(weight_ptr, slot, key_count, COUNT: tl.constexpr, THREADS: tl.constexpr):
+    """Return the weights of some slots in units of log2, `-inf` where a slot is not used."""
+    weight = load_once(weight_ptr, slot < key_count, float("-inf"), COUNT, THREADS)
+    return weight.to(tl.float32) * LOG2_E
 
 
 @triton.jit
@@ -123,10 +187,10 @@ def shares(
     `lse` in log2 units, `+inf` in rows without keys. The share of the row sum is what its
     derivative passes on: 0 for capped terms, and for sampled ones where the floor was taken.
     """
-    by_value = tl.exp2(logits + value_bias - lse)
+    by_value = tl.exp2(logits + (value_bias - lse))
     by_sum = by_value
     if SPLIT:
-        by_sum = tl.exp2(logits + bias - lse)
+        by_sum = tl.exp2(logits + (bias - lse))
         if HAS_CAP:
             by_sum = tl.where(is_heavy | (logits <= cap), by_sum, 0.0)
         if HAS_FLOOR:

@@ -31,11 +31,19 @@ class Config:
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+    def blocks(self) -> dict[str, int]:
+        """Return the arguments of an attention kernel."""
+        return {
+            "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "THREADS": 32 * self.num_warps
+        }  # fmt: skip
 
     def smaller(self) -> Iterator[Config]:
         """Yield this configuration and ever smaller ones."""
         config = self
         yield config
+        config = replace(config, max_registers=None)
         while config.num_stages > 1:
             config = replace(config, num_stages=config.num_stages - 1)
             yield config
@@ -114,11 +122,17 @@ def launch(
     for candidate in (config if known is None else known).smaller():
         given = arguments(candidate)
         if kernel is not None and not is_interpreted():
-            given = {**given, "num_warps": candidate.num_warps, "num_stages": candidate.num_stages}
+            given |= {"num_warps": candidate.num_warps, "num_stages": candidate.num_stages}
+            if candidate.max_registers is not None:
+                given["maxnreg"] = candidate.max_registers
         try:
             kernel[(programs(candidate),)](**given)
-        except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError) as error:
-            # the source is the same in every size: what a larger one lacks is room
+        except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError) as error:
+            last = error
+            continue
+        except RuntimeError as error:
+            if "PassManager" not in str(error):  # the compiler gave up on this configuration
+                raise
             last = error
             continue
         _KNOWN_GOOD[(*key, config)] = candidate

@@ -1,10 +1,13 @@
 """The forward kernel: one online softmax over everything that a tile of rows attends to.
 
 One program owns `BLOCK_M` rows of one tile. It gathers their queries once, walks over the tile's
-slots `BLOCK_N` at a time (a range of a key order first, then a list), and keeps the running maximum,
-sum and output of every row in registers: the softmax of FlashAttention over gathered keys. With
-`MERGE` the result is merged into the state that is there already, so that several plans leave one
-state behind and no partial states.
+list `BLOCK_N` slots at a time, and keeps the running maximum, sum and output of every row in
+registers: the softmax of FlashAttention over gathered keys. With `MERGE` the result is merged into
+the state that is there already, so that several plans leave one state behind and no partial states.
+
+The keys of the next block are loaded one iteration ahead, so that the gathers of K and V, which the
+compiler pipelines, never wait for them. The elementwise test of visibility runs only in blocks where
+it can matter.
 
 `SPLIT` is the variant in which the row sum and the numerator differ (caps, floor, value weights):
 it keeps a maximum for each, and the exact and the sampled part of the row sum apart.
@@ -15,7 +18,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import BLOCKED, CONSECUTIVE, LN_2, LOG2_E, load_rows, slot_keys, tile_rows, visible
+from .common import (
+    BLOCKED,
+    LN_2,
+    LOG2_E,
+    load_keys,
+    load_rows,
+    load_weights,
+    needs_test,
+    seen_positions,
+    tile_rows,
+    visible,
+)
 
 _SIZES = ["num_tiles", "tile_slots", "num_queries", "num_keys", "num_summaries", "left", "right"]
 
@@ -24,24 +38,30 @@ _SIZES = ["num_tiles", "tile_slots", "num_queries", "num_keys", "num_summaries",
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, floored_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    o_batch, o_head, o_row,
-    table_ptr, order_ptr, order_batch, order_head, range_ptr, range_batch, range_head,
+    o_batch, o_head, o_row, table_ptr, order_ptr, order_batch, order_head,
     index_ptr, index_batch, index_head, index_tile,
-    rank_ptr, weight_ptr, weight_batch, weight_head, weight_tile, weight_slot,
+    weight_ptr, weight_batch, weight_head, weight_tile, weight_slot,
     value_weight_ptr, vw_batch, vw_head, vw_tile, vw_slot,
     counts_ptr, cap_ptr, floor_ptr, ex_rank_ptr, ex_start_ptr, ex_stop_ptr,
     summary_key_ptr, summary_value_ptr,
     plan_heads, query_heads, key_heads, num_tiles, tile_slots, num_queries, num_keys,
-    num_summaries, num_slots, left, right, position_offset, scale,
+    num_summaries, exact_slots, left, right, position_offset, scale,
     GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
-    HAS_RANGE: tl.constexpr, HAS_LIST: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    HAS_VALUE_WEIGHT: tl.constexpr, HAS_CAP: tl.constexpr, HAS_FLOOR: tl.constexpr,
-    HAS_BAND: tl.constexpr, IS_CAUSAL: tl.constexpr, NUM_EXCLUDED: tl.constexpr,
-    SUMMARIES: tl.constexpr, MERGE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, THREADS: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_VALUE_WEIGHT: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_FLOOR: tl.constexpr, HAS_BAND: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    NUM_EXCLUDED: tl.constexpr, SUMMARIES: tl.constexpr, MERGE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """See the module. `counts` is int32 `[batch, heads, tiles, 3]`: used, exact and banded slots."""
+    """See the module. `counts` is int32 `[batch, heads, tiles, 3]`: used, exact and banded slots.
+
+    The lists of blocks (`ROWS == BLOCKED`) belong to key heads, those of other plans to plan heads.
+    """
     SPLIT: tl.constexpr = HAS_VALUE_WEIGHT or HAS_CAP or HAS_FLOOR
+    # lists of blocks without weights: exact slots, then samples that all weigh the same
+    UNIFORM: tl.constexpr = ROWS == BLOCKED and not HAS_WEIGHT
+    TESTED: tl.constexpr = IS_CAUSAL or HAS_BAND or NUM_EXCLUDED > 0
     blocks = tl.cdiv(tile_slots * GROUP, BLOCK_M)
     program = tl.program_id(0)
     tile = program // blocks % num_tiles
@@ -51,17 +71,10 @@ def forward_kernel(
 
     # ---- the rows
     place = program % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    slots_here = tile_slots
-    first_key, last_key, list_tile = 0, 0, tile
     order_ptr += batch * order_batch + head.to(tl.int64) * order_head
-    if ROWS == BLOCKED:
-        first = tl.load(table_ptr + tile * 5)
-        slots_here = tl.load(table_ptr + tile * 5 + 1) - first
-        first_key = tl.load(table_ptr + tile * 5 + 2)
-        last_key = tl.load(table_ptr + tile * 5 + 3)
-        list_tile = tl.load(table_ptr + tile * 5 + 4)
-        order_ptr += first
-    row, is_row = tile_rows(place // GROUP, tile, slots_here, order_ptr, num_queries, ROWS)
+    row, is_row = tile_rows(
+        place // GROUP, tile, tile_slots, order_ptr, table_ptr, num_queries, ROWS
+    )
     query_head = head * GROUP + place % GROUP
     flat_row = (batch * query_heads + query_head) * num_queries + row
     dim = tl.arange(0, BLOCK_D)
@@ -73,29 +86,33 @@ def forward_kernel(
     )  # fmt: skip
     if HAS_CAP:
         cap = tl.load(cap_ptr + flat_row, mask=is_row, other=0.0).to(tl.float32) * LOG2_E
+    if TESTED:
+        first_position = tl.min(tl.where(is_row, row, num_queries), 0) + position_offset
+        last_position = tl.max(tl.where(is_row, row, 0), 0) + position_offset
 
-    # ---- the slots
-    key_count, heavy_count, band_count = 0, 0, 0
-    if HAS_LIST and ROWS == BLOCKED:
-        key_count = num_slots
-    elif HAS_LIST:
+    # ---- the list
+    heavy_count, band_count = 0, 0
+    if ROWS == BLOCKED:
+        list_head = key_head.to(tl.int64)
+        key_count = tl.load(counts_ptr + (batch * key_heads + key_head) * num_tiles + tile)
+        range_length = tl.load(table_ptr + tile * 5 + 3) - tl.load(table_ptr + tile * 5 + 2)
+        rectangle = tl.load(table_ptr + tile * 5 + 4)
+    else:
+        list_head = head.to(tl.int64)
         counts = counts_ptr + ((batch * plan_heads + head) * num_tiles + tile) * 3
         key_count = tl.load(counts)
         heavy_count = tl.load(counts + 1)
         band_count = tl.load(counts + 2)
-    range_slots = 0
-    if HAS_RANGE:
-        range_ptr += batch * range_batch + key_head.to(tl.int64) * range_head + first_key
-        range_slots = tl.cdiv(last_key - first_key, BLOCK_N) * BLOCK_N
-    tile64 = list_tile.to(tl.int64)
-    list_head = head
-    if ROWS == BLOCKED:
-        list_head = key_head
-    list_offset = batch * index_batch + list_head.to(tl.int64) * index_head + tile64 * index_tile
-    index_ptr += list_offset
-    rank_ptr += list_offset
-    weight_ptr += batch * weight_batch + list_head.to(tl.int64) * weight_head + tile64 * weight_tile
-    value_weight_ptr += batch * vw_batch + list_head.to(tl.int64) * vw_head + tile64 * vw_tile
+    tile64 = tile.to(tl.int64)
+    index_ptr += batch * index_batch + list_head * index_head + tile64 * index_tile
+    if UNIFORM:
+        weight_ptr += batch * weight_batch + list_head * weight_head + rectangle * weight_tile
+        sample_weight = 0.0
+        if key_count > exact_slots:
+            sample_weight = tl.load(weight_ptr) * LOG2_E
+    else:
+        weight_ptr += batch * weight_batch + list_head * weight_head + tile64 * weight_tile
+    value_weight_ptr += batch * vw_batch + list_head * vw_head + tile64 * vw_tile
     k_ptr += batch * k_batch + key_head.to(tl.int64) * k_head
     v_ptr += batch * v_batch + key_head.to(tl.int64) * v_head
     flat_key_head = batch * key_heads + key_head
@@ -110,41 +127,54 @@ def forward_kernel(
     value_top = top
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     factor = scale * LOG2_E
-    for start in range(0, range_slots + key_count, BLOCK_N):
-        slot = start + tl.arange(0, BLOCK_N)
-        key, list_slot, used = slot_keys(
-            slot, range_slots, range_ptr, last_key - first_key, index_ptr, key_count,
-            num_keys + num_summaries, HAS_RANGE, HAS_LIST,
-        )  # fmt: skip
-        bias = tl.where(used, 0.0, float("-inf"))
-        if HAS_LIST:
-            listed = used & (list_slot >= 0)
-            if HAS_WEIGHT:
-                weight = tl.load(weight_ptr + list_slot * weight_slot, mask=listed, other=0.0)
-                bias = bias + weight.to(tl.float32) * LOG2_E
-            if HAS_RANGE:
-                rank = tl.load(rank_ptr + list_slot, mask=listed, other=-1)
-                bias = tl.where((rank >= first_key) & (rank < last_key), float("-inf"), bias)
+    lane = tl.arange(0, BLOCK_N)
+    num_rows = num_keys + num_summaries
+    first_key = tl.load(index_ptr, mask=key_count > 0, other=0).to(tl.int32)
+    next_key = load_keys(index_ptr, lane, key_count, first_key, num_rows)
+    next_bias = tl.zeros([BLOCK_N], tl.float32)
+    if HAS_WEIGHT:
+        next_bias = load_weights(weight_ptr + lane * weight_slot, lane, key_count, BLOCK_N, THREADS)
+    for start in range(0, key_count, BLOCK_N):
+        slot = start + lane
+        key = next_key
+        bias = next_bias
+        next_key = load_keys(index_ptr, slot + BLOCK_N, key_count, first_key, num_rows)
         k = load_rows(
-            k_ptr, key[:, None], used[:, None], k_row, dim[None, :], D, summary_key_ptr, num_keys,
-            SUMMARIES,
+            k_ptr, key[:, None], k_row, dim[None, :], summary_key_ptr, num_keys, D, BLOCK_D,
+            SUMMARIES, WIDE,
         )  # fmt: skip
+        if HAS_WEIGHT:
+            later = slot + BLOCK_N
+            next_bias = load_weights(weight_ptr + later * weight_slot, later, key_count, BLOCK_N, THREADS)
+        elif not UNIFORM:
+            bias = tl.where(slot < key_count, 0.0, float("-inf"))
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
-        if not SPLIT:
+        if UNIFORM:
+            logits += tl.where(start < exact_slots, 0.0, sample_weight)
+            last_slot = tl.where(start < exact_slots, range_length, key_count)
+            if start + BLOCK_N > last_slot:
+                logits = tl.where((slot < last_slot)[None, :], logits, float("-inf"))
+        elif not SPLIT:
             logits += bias[None, :]
-        if IS_CAUSAL or HAS_BAND or NUM_EXCLUDED > 0:
-            seen = visible(
-                row[:, None], row_offset[:, None], key[None, :], list_slot[None, :], heavy_count,
-                band_count, left, right, num_keys, ex_rank_ptr, ex_start_ptr, ex_stop_ptr,
-                num_queries, position_offset, IS_CAUSAL, HAS_BAND, NUM_EXCLUDED,
-            )  # fmt: skip
-            logits = tl.where(seen, logits, float("-inf"))
+        if TESTED:
+            if needs_test(
+                key, start, band_count, first_position, last_position, left, right, num_keys,
+                IS_CAUSAL, HAS_BAND, NUM_EXCLUDED,
+            ):  # fmt: skip
+                low, span = seen_positions(
+                    key, slot, heavy_count, band_count, left, right, num_keys, IS_CAUSAL, HAS_BAND
+                )
+                seen = visible(
+                    row[:, None], row_offset[:, None], key[None, :], low[None, :], span[None, :],
+                    ex_rank_ptr, ex_start_ptr, ex_stop_ptr, num_keys, num_queries, position_offset,
+                    NUM_EXCLUDED,
+                )  # fmt: skip
+                logits = tl.where(seen, logits, float("-inf"))
         if SPLIT:
-            is_heavy = (list_slot < heavy_count)[None, :]
+            is_heavy = (slot < heavy_count)[None, :]
             value_bias = bias
             if HAS_VALUE_WEIGHT:
-                weight = tl.load(value_weight_ptr + list_slot * vw_slot, mask=used, other=0.0)
-                value_bias = tl.where(used, weight.to(tl.float32) * LOG2_E, float("-inf"))
+                value_bias = load_weights(value_weight_ptr + slot * vw_slot, slot, key_count, BLOCK_N, THREADS)
             row_logits = logits
             if HAS_CAP:
                 row_logits = tl.where(is_heavy, logits, tl.minimum(logits, cap[:, None]))
@@ -166,8 +196,8 @@ def forward_kernel(
             heavy_sum = heavy_sum * rescale + tl.sum(weights, 1)
         value_top = new_value_top
         v = load_rows(
-            v_ptr, key[:, None], used[:, None], v_row, dim_v[None, :], D_V, summary_value_ptr,
-            num_keys, SUMMARIES,
+            v_ptr, key[:, None], v_row, dim_v[None, :], summary_value_ptr, num_keys, D_V, BLOCK_DV,
+            SUMMARIES, WIDE,
         )  # fmt: skip
         acc = acc * rescale[:, None]
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
