@@ -242,8 +242,8 @@ def _constant(value: Any) -> Any:
     if isinstance(value, (HyperAttention, AbstractComponent)):
         # not through __init__: what it checked and made need not be checked and made again
         copy = object.__new__(type(value))
-        for name in vars(value):
-            object.__setattr__(copy, name, _constant(getattr(value, name)))
+        for field in dataclasses.fields(value):
+            object.__setattr__(copy, field.name, _constant(getattr(value, field.name)))
         return copy
     if isinstance(value, tuple):
         return tuple(_constant(entry) for entry in value)

@@ -40,7 +40,8 @@ class BlockPlan:
         max_rows: the longest query range.
         max_keys: the longest key range.
         tile_counts: tiles of every rectangle; they stand together, in the rectangles' order.
-        rectangles: `(query_start, query_stop, key_start, key_stop)` of each rectangle, places.
+        rectangles: `(query_start, query_stop, key_start, key_stop)` of each rectangle, places;
+            every row of a rectangle lies in one of its tiles.
         num_query_heads, num_queries, num_keys: the problem's sizes.
         sample_index: int32 `[batch, key_heads, rectangles, m]`, or None without samples.
         sample_log_weight: float32, the same shape (expanded dimensions are welcome);
@@ -148,6 +149,13 @@ class BlockPlan:
                 row[i] > inside[i] for i in (1, 3)
             ):
                 raise ArgumentError(f"tiles: {row} lies outside of its rectangle {inside}")
+        for number, places in enumerate(self.rectangles):
+            rows = sum(row[1] - row[0] for row in table if row[4] == number)
+            if rows != places[1] - places[0]:
+                raise ArgumentError(
+                    f"tiles: those of rectangle {number}, {places}, hold {rows} of its "
+                    f"{places[1] - places[0]} rows; give every row a tile"
+                )
         if self.sample_index is not None and self.sample_rank is not None:
             flat = self.sample_rank.long().flatten(2)
             if bool(((flat < 0) | (flat >= self.num_keys)).any()) or not torch.equal(

@@ -99,8 +99,8 @@ def plan() -> BlockPlan:
             [[1, 2, 2, 3, 0], [2, 3, 3, 4, 0], [3, 4, 0, 1, 1], [4, 5, 1, 2, 1]],
             dtype=torch.int32,
         ),
-        max_rows=1, max_keys=1, tile_counts=(2, 2), rectangles=((1, 3, 2, 4), (3, 5, 0, 2)), num_query_heads=2,
-        num_queries=6, num_keys=5, sample_index=index,
+        max_rows=1, max_keys=1, tile_counts=(2, 2), rectangles=((1, 3, 2, 4), (3, 5, 0, 2)),
+        num_query_heads=2, num_queries=6, num_keys=5, sample_index=index,
         sample_log_weight=torch.zeros(()).expand(1, 1, 2, 2),
         sample_rank=key_order.argsort(-1).unsqueeze(2).expand(-1, -1, 2, -1).gather(
             -1, index.long()
@@ -174,8 +174,10 @@ def changed(tensor: torch.Tensor | None, at: tuple[int, ...], value: int) -> tor
         ({"key_order": changed(plan().key_order, (0, 0, 0), 7)}, "key_order: not a permutation"),
         ({"tiles": changed(plan().tiles, (0, 1), 3)}, "tiles: the query range 1..3"),
         ({"tiles": changed(plan().tiles, (1, 2), 2)}, "tiles: the key range"),
-        ({"tiles": changed(plan().tiles, (1, 4), 1)}, "lies outside of its rectangle"),
-        ({"tiles": changed(plan().tiles, (1, 4), 2)}, "lies outside of its rectangle"),
+        ({"tiles": changed(plan().tiles, (1, 4), 1)}, "tile_counts: "),
+        ({"tiles": changed(plan().tiles, (1, 4), 2)}, "tile_counts: "),
+        ({"tile_counts": (1, 3)}, "tile_counts: "),
+        ({"rectangles": ((0, 3, 2, 4), (3, 5, 0, 2))}, "hold 2 of its 3 rows"),
         ({"rectangles": ((1, 3, 2, 3), (3, 5, 0, 2))}, "lies outside of its rectangle"),
         ({"sample_index": changed(plan().sample_index, (0, 0, 0, 0), 3)}, "sample_rank: not the"),
         ({"sample_rank": changed(plan().sample_rank, (0, 0, 0, 0), 9)}, "sample_rank: not the"),

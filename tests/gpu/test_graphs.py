@@ -20,6 +20,9 @@ pytestmark = [
     pytest.mark.gpu,
     # torch's own: its compiler makes an instance of the function to trace it
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    # the leaves of the graph were made on another stream than the one that captures it
+    pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning"),
 ]
 
 CASES: dict[str, tuple[dict[str, Any], bool]] = {

@@ -105,7 +105,7 @@ def attend_plans(
         differentiable in query, key, value and summaries.
     """
     tensors, sizes = pack(plans, leaf)
-    summaries = (None, None)
+    summaries: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     for plan in plans:
         if isinstance(plan, TilePlan) and plan.summary_key is not None:
             summaries = (plan.summary_key, plan.summary_value)

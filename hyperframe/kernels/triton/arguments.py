@@ -60,6 +60,12 @@ class PlanView:
         return self.tile_slots * self.group
 
     @property
+    def is_plain(self) -> bool:
+        """Whether all rows of a tile see all keys of its list."""
+        names = ("HAS_BAND", "IS_CAUSAL", "NUM_EXCLUDED", "SUMMARIES")
+        return not any(self.variant[name] for name in names)
+
+    @property
     def num_summaries(self) -> int:
         """Summary keys of the plan."""
         count: int = self.features["num_summaries"]
@@ -196,7 +202,7 @@ def places_of(
 
 def _padded(count: int) -> int:
     """Return the count rounded up to whole blocks: of 128, or of a smaller power of two."""
-    block: int = min(128, max(16, triton.next_power_of_2(count)))
+    block = min(128, max(16, int(triton.next_power_of_2(count))))
     return -(-count // block) * block
 
 
@@ -210,13 +216,13 @@ def _tile_view(plan: TilePlan, nothing: torch.Tensor) -> PlanView:
     if shared and tiles > 1:
         # one list for all tiles: one tile of all rows
         tile_slots, tiles = tile_slots * tiles, 1
-        first = [None if x is None else x[:, :, :1] for x in lists]
-        plan = replace(
-            plan, key_index=first[0], key_count=first[1], heavy_count=first[2],
-            band_count=first[3], log_weight=first[4], value_log_weight=first[5],
-            tile_size=tile_slots,
-        )  # fmt: skip
-        index = plan.key_index
+        names = ("key_count", "heavy_count", "band_count", "log_weight", "value_log_weight")
+        given = {name: getattr(plan, name) for name in names}
+        once: dict[str, Any] = {
+            name: None if x is None else x[:, :, :1] for name, x in given.items()
+        }
+        index = index[:, :, :1]
+        plan = replace(plan, key_index=index, tile_size=tile_slots, **once)
     counts = [plan.key_count, plan.heavy_count]
     counts.append(plan.heavy_count if plan.band_count is None else plan.band_count)
     order = None if plan.query_order is None else _unit(plan.query_order)
@@ -243,9 +249,9 @@ def _tile_view(plan: TilePlan, nothing: torch.Tensor) -> PlanView:
         },
         features={
             "cap_ptr": or_nothing(plan.log_cap), "floor_ptr": or_nothing(plan.log_floor),
-            "ex_rank_ptr": or_nothing(excluded and excluded.key_rank),
-            "ex_start_ptr": or_nothing(excluded and excluded.start),
-            "ex_stop_ptr": or_nothing(excluded and excluded.stop),
+            "ex_rank_ptr": nothing if excluded is None else excluded.key_rank.contiguous(),
+            "ex_start_ptr": nothing if excluded is None else excluded.start.contiguous(),
+            "ex_stop_ptr": nothing if excluded is None else excluded.stop.contiguous(),
             "summary_key_ptr": or_nothing(plan.summary_key),
             "summary_value_ptr": or_nothing(plan.summary_value),
             "num_summaries": plan.num_summaries, "left": left, "right": right,

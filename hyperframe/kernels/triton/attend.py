@@ -97,7 +97,7 @@ def _forward_plan(
     }  # fmt: skip
     launch(
         forward_kernel, ("forward", merge, *_variant(view, query, value)),
-        choose("forward", query, value, view.places, view.list_slots),
+        choose("forward", query, value, view.places, view.list_slots, is_plain=view.is_plain),
         lambda config: programs * -(-view.places // config.block_m),
         lambda config: {**given, **config.blocks()},
     )  # fmt: skip
@@ -187,8 +187,10 @@ class _Gradients:
         self.written = False
         self.keys_written = False
         covered = leaf is not None or (bool(views) and views[0].covers_all_rows)
-        # several contributions are added in float32, or each rounding would add its own error
-        wide = self.num_writers > 1 and query.dtype != torch.float32
+        # blocks and leaves add a handful of times, in the dtype of the inputs: half the traffic,
+        # and errors far below those of the products. Others add in float32
+        tiles = any(view.blocks is None for view in views)
+        wide = self.num_writers > 1 and tiles
         self.dtype = torch.float32 if wide else query.dtype
         make = torch.empty if covered else torch.zeros
         self.dq = make(query.shape, dtype=self.dtype, device=query.device)
@@ -245,7 +247,10 @@ def _gradient_of_rows(
     }  # fmt: skip
     launch(
         backward_rows_kernel, ("rows", scatter, sums.written, *_variant(view, query, value)),
-        choose("scatter" if scatter else "rows", query, value, view.places, view.list_slots),
+        choose(
+            "scatter" if scatter else "rows", query, value, view.places, view.list_slots,
+            is_plain=view.is_plain,
+        ),
         lambda config: programs * -(-view.places // config.block_m),
         lambda config: {**given, **config.blocks()},
     )  # fmt: skip
@@ -270,7 +275,9 @@ def _tile_gradients(
         "rank_batch": 0, "rank_head": 0, "rank_tile": 0, "num_slots": view.list_slots,
     }  # fmt: skip
     del of_keys["exact_slots"]
-    config = choose("listed", query, value, tile_rows, view.list_slots)
+    config = choose(
+        "listed", query, value, tile_rows, view.list_slots, is_plain=view.is_plain
+    )
     tiles = query.shape[0] * view.plan_heads * view.num_tiles
 
     def run(count: int, first: int, dk: torch.Tensor, dv: torch.Tensor, *, atomic: bool) -> None:
@@ -374,7 +381,7 @@ def _block_gradients(
 
     launch(
         backward_keys_kernel, ("range", accumulate, *variant),
-        choose("range", query, value, view.places, plan.max_keys),
+        choose("range", query, value, view.places, plan.max_keys, is_plain=True),
         lambda config: -(-plan.max_keys // config.block_n) * view.num_tiles * batch * key_heads,
         range_arguments,
     )  # fmt: skip
@@ -397,7 +404,7 @@ def _block_gradients(
 
     launch(
         backward_keys_kernel, ("sampled", *variant),
-        choose("sampled", query, value, view.places, plan.num_samples),
+        choose("sampled", query, value, view.places, plan.num_samples, is_plain=True),
         lambda config: -(-plan.num_samples // config.block_n) * table.shape[0] * batch * heads,
         sampled_arguments,
     )  # fmt: skip

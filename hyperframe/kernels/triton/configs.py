@@ -55,25 +55,29 @@ class Config:
             yield config
 
 
-# (kernel, widest head size) -> configuration for 16-bit inputs, measured on an H100
+# (kernel, widest head size) -> configuration for 16-bit inputs, measured on an H100. What decides is
+# how many programs share a multiprocessor: registers are capped where that fits one more in
 _MEASURED = {
-    ("forward", 64): Config(128, 64, 4, 3),
-    ("forward", 128): Config(128, 64, 8, 3),
+    ("forward", 64): Config(128, 64, 8, 3, 128),
+    ("forward", 128): Config(128, 64, 8, 2, 128),
     ("forward", 256): Config(64, 32, 4, 2),
-    ("rows", 64): Config(128, 64, 8, 3),
-    ("rows", 128): Config(128, 64, 8, 2),
+    ("small forward", 64): Config(64, 128, 4, 3),
+    ("small forward", 128): Config(64, 32, 4, 3, 168),
+    ("small forward", 256): Config(64, 32, 4, 2),
+    ("rows", 64): Config(64, 64, 4, 2, 128),
+    ("rows", 128): Config(64, 64, 4, 2),
     ("rows", 256): Config(64, 32, 4, 2),
-    ("scatter", 64): Config(64, 64, 4, 3),
-    ("scatter", 128): Config(64, 64, 8, 2),
+    ("scatter", 64): Config(64, 64, 4, 2),
+    ("scatter", 128): Config(64, 32, 4, 2),
     ("scatter", 256): Config(64, 32, 8, 1),
-    ("range", 64): Config(64, 128, 8, 3),
-    ("range", 128): Config(64, 64, 8, 2),
+    ("range", 64): Config(64, 64, 4, 2, 168),
+    ("range", 128): Config(64, 64, 4, 2),
     ("range", 256): Config(32, 64, 8, 1),
-    ("sampled", 64): Config(64, 128, 8, 3),
-    ("sampled", 128): Config(64, 64, 8, 2),
+    ("sampled", 64): Config(64, 64, 4, 2, 128),
+    ("sampled", 128): Config(64, 64, 4, 2),
     ("sampled", 256): Config(32, 64, 8, 1),
-    ("listed", 64): Config(64, 64, 4, 3),
-    ("listed", 128): Config(64, 64, 8, 2),
+    ("listed", 64): Config(64, 64, 4, 3, 168),
+    ("listed", 128): Config(64, 64, 4, 2),
     ("listed", 256): Config(32, 64, 8, 1),
 }
 _SINGLE = {64: Config(32, 32, 4, 2), 128: Config(32, 32, 4, 1), 256: Config(16, 16, 4, 1)}
@@ -86,13 +90,29 @@ _KNOWN_GOOD: dict[tuple[Any, ...], Config] = {}
 
 def padded(size: int) -> int:
     """Return the head size as the kernels hold it: a power of two, 16 at least."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, int(triton.next_power_of_2(size)))
 
 
-def choose(kernel: str, query: torch.Tensor, value: torch.Tensor, rows: int, slots: int) -> Config:
-    """Return the configuration for a kernel, the rows and the slots of a tile."""
+def choose(
+    kernel: str, query: torch.Tensor, value: torch.Tensor, rows: int, slots: int, *,
+    is_plain: bool = False,
+) -> Config:  # fmt: skip
+    """Return the configuration for a kernel.
+
+    Args:
+        kernel: its name in the table.
+        query: gives dtype and head size.
+        value: gives the other head size.
+        rows: rows of a tile.
+        slots: slots of a tile's list.
+        is_plain: no row needs a test of what it sees; other variants need more registers.
+    """
     width = max(64, padded(query.shape[-1]), padded(value.shape[-1]))
+    if kernel == "forward" and rows <= 64:
+        kernel = "small forward"
     config = _SINGLE[width] if query.element_size() == 4 else _MEASURED[kernel, width]
+    if not is_plain:
+        config = replace(config, max_registers=None)
     config = OVERRIDES.get((kernel, width), config)
     rows, slots = padded(min(rows, 128)), padded(min(slots, 128))
     config = replace(config, block_m=min(config.block_m, rows), block_n=min(config.block_n, slots))
@@ -117,7 +137,8 @@ def launch(
     Returns:
         The configuration that ran.
     """
-    known = _KNOWN_GOOD.get((*key, config))
+    place = (*key, config)
+    known = _KNOWN_GOOD.get(place)
     last: Exception | None = None
     for candidate in (config if known is None else known).smaller():
         given = arguments(candidate)
@@ -135,7 +156,7 @@ def launch(
                 raise
             last = error
             continue
-        _KNOWN_GOOD[(*key, config)] = candidate
+        _KNOWN_GOOD[place] = candidate
         return candidate
     assert last is not None
     raise last
