@@ -184,12 +184,8 @@ class PooledErrors:
 def deterministic_algorithms(enabled: bool) -> Iterator[None]:
     """`torch.use_deterministic_algorithms`, and back."""
     before = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(enabled)
-    # new memory stays as it is: what kernels forget to write has to show
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

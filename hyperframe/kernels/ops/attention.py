@@ -156,6 +156,13 @@ def _backward(
     from ..triton import attend as kernels
 
     with torch.no_grad(), _on(query):
+        if query.shape[2] == 0:
+            like = _shapes_of_gradients(
+                grad_out, grad_lse, query, key, value, out, lse, floored, summary_key,
+                summary_value, plans, sizes, scale,
+            )  # fmt: skip
+            dq, dk, dv = (x.zero_() for x in like)
+            return dq, dk, dv
         unpacked = unpack(plans, sizes, summary_key, summary_value)
         return kernels.backward(
             grad_out, grad_lse, query, key, value, out, lse, floored, *unpacked, scale

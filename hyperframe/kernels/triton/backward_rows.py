@@ -17,12 +17,13 @@ import triton
 import triton.language as tl
 
 from .common import (
+    blocks_to_test,
+    is_tested,
     BLOCKED,
     LOG2_E,
     load_keys,
     load_rows,
     load_weights,
-    needs_test,
     seen_positions,
     shares,
     visible,
@@ -114,7 +115,7 @@ def backward_rows_kernel(
         weight_ptr += batch * weight_batch + list_head * weight_head + rectangle * weight_tile
         sample_weight = 0.0
         if key_count > exact_slots:
-            sample_weight = tl.load(weight_ptr) * LOG2_E
+            sample_weight = tl.load(weight_ptr).to(tl.float32) * LOG2_E
     else:
         weight_ptr += batch * weight_batch + list_head * weight_head + tile64 * weight_tile
     value_weight_ptr += batch * vw_batch + list_head * vw_head + tile64 * vw_tile
@@ -131,6 +132,11 @@ def backward_rows_kernel(
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     factor = scale * LOG2_E
+    if TESTED:
+        tested = blocks_to_test(
+            index_ptr, key_count, band_count, first_position, last_position, left, right, num_keys,
+            IS_CAUSAL, HAS_BAND, BLOCK_N,
+        )  # fmt: skip
     lane = tl.arange(0, BLOCK_N)
     num_rows = num_keys + num_summaries
     first_key = tl.load(index_ptr, mask=key_count > 0, other=0).to(tl.int32)
@@ -173,10 +179,7 @@ def backward_rows_kernel(
                 cap[:, None], is_floored[:, None], lse[:, None], HAS_CAP, HAS_FLOOR, SPLIT,
             )  # fmt: skip
         if TESTED:
-            if needs_test(
-                key, start, band_count, first_position, last_position, left, right, num_keys,
-                IS_CAUSAL, HAS_BAND, NUM_EXCLUDED,
-            ):  # fmt: skip
+            if is_tested(tested, start // BLOCK_N, NUM_EXCLUDED):
                 low, span = seen_positions(
                     key, slot, heavy_count, band_count, left, right, num_keys, IS_CAUSAL, HAS_BAND
                 )

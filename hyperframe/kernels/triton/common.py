@@ -100,20 +100,39 @@ def visible(
 
 
 @triton.jit
-def needs_test(
-    key, start, band_count, first_position, last_position, left, right, num_keys,
-    IS_CAUSAL: tl.constexpr, HAS_BAND: tl.constexpr, NUM_EXCLUDED: tl.constexpr,
+def blocks_to_test(
+    index_ptr, key_count, band_count, first_position, last_position, left, right, num_keys,
+    IS_CAUSAL: tl.constexpr, HAS_BAND: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Return whether some row of a block might not see some slot, from bounds of the positions."""
+    """Return in which blocks of a list some row might not see some slot: bit `b` for block `b`.
+
+    From bounds of the rows' positions, for the first 63 blocks. Found for the whole list at once:
+    a look at every block's keys inside the main loop would hold it up each time.
+    """
+    bits = tl.zeros([1], tl.int64)
+    block = tl.arange(0, 8)
+    for start in range(0, tl.minimum(key_count, 63 * BLOCK_N), 8 * BLOCK_N):
+        slot = start + block[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        key = tl.load(index_ptr + slot, mask=slot < key_count, other=-1).to(tl.int32)
+        near = (key > first_position) & (key < num_keys)
+        if HAS_BAND:
+            near = (key >= first_position - left) & (key < num_keys)
+            if not IS_CAUSAL:
+                near = near & (key <= last_position + right)
+        near = (near & (slot < key_count)) | (slot < band_count)
+        found = tl.max(near.to(tl.int32), 1).to(tl.int64)
+        number = start // BLOCK_N + block
+        bits += tl.sum(tl.where(number < 63, found << tl.minimum(number, 62).to(tl.int64), 0), 0)
+    return tl.max(bits, 0)
+
+
+@triton.jit
+def is_tested(bits, block, NUM_EXCLUDED: tl.constexpr):
+    """Return whether a block has to be tested, by the bits of `blocks_to_test`."""
     if NUM_EXCLUDED > 0:
         return True
-    if HAS_BAND:
-        near = (key >= first_position - left) & (key < num_keys)
-        if not IS_CAUSAL:
-            near = near & (key <= last_position + right)
     else:
-        near = (key > first_position) & (key < num_keys)
-    return (start < band_count) | (tl.max(near.to(tl.int32), 0) > 0)
+        return (block >= 63) | (((bits >> tl.minimum(block, 62).to(tl.int64)) & 1) != 0)
 
 
 @triton.jit

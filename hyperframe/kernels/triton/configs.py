@@ -62,7 +62,7 @@ _MEASURED = {
     ("forward", 128): Config(128, 64, 8, 2, 128),
     ("forward", 256): Config(64, 32, 4, 2),
     ("small forward", 64): Config(64, 128, 4, 3),
-    ("small forward", 128): Config(64, 32, 4, 3, 168),
+    ("small forward", 128): Config(64, 64, 4, 2),
     ("small forward", 256): Config(64, 32, 4, 2),
     ("rows", 64): Config(64, 64, 4, 2, 128),
     ("rows", 128): Config(64, 64, 4, 2),
