@@ -47,8 +47,8 @@ class HyperAttention:
             block selection everywhere does. Keys and values never leak, either way.
         min_seq_len: a call with `n_k <= min_seq_len` is answered by exact attention, and leaves of
             the recursion up to this length are exact; 0 never falls back. None takes the measured
-            `BREAK_EVEN` of the device for the call, and `DEFAULT_LEAF` for the leaves; both are in
-            `hyperframe.pipeline`.
+            `BREAK_EVEN` of device and backend for the call, and `DEFAULT_LEAF` for the leaves;
+            both are in `hyperframe.pipeline`.
         backend: `"auto"`, `"reference"`, `"torch"`, `"triton"` or `"numba"`; one that was asked
             for runs or raises, it is never replaced.
         seed: seed of the draws. The same inputs and seed give the same bits: the object has no
@@ -206,7 +206,7 @@ class HyperAttention:
         check_bool("HyperAttention", "is_causal", is_causal)
         check_bool("HyperAttention", "return_lse", return_lse)
         check_generator(generator, seed_on=query.device)
-        resolve_backend(options.backend, query.device)
+        resolve_backend(options.backend, query.device, query=query, value=value)
         if generator is None:
             generator = Stream.of(options.seed, query.device)
         elif isinstance(generator, torch.Tensor):

@@ -21,7 +21,7 @@ from .detectors import AbstractDetector
 from .errors import UnsupportedError
 from .estimators import AbstractEstimator
 from .estimators.uniform import Uniform as UniformEstimator
-from .kernels import attend_all, exact_attention, visible_keys
+from .kernels import attend_all, exact_attention, resolve_backend, visible_keys
 from .kernels.exact import exact_output
 from .masks import HeavyMask
 from .padding import Part, Place
@@ -38,15 +38,19 @@ __all__ = ["BREAK_EVEN", "DEFAULT_LEAF", "Pipeline"]
 _LOGGER = logging.getLogger(__name__)
 
 BREAK_EVEN = {
-    ("cpu", False): 2047,
-    ("cpu", True): 8191,
-    ("cuda", False): 65535,
-    ("cuda", True): 262143,
+    ("cpu", "torch", False): 2047,
+    ("cpu", "torch", True): 8191,
+    ("cuda", "torch", False): 65535,
+    ("cuda", "torch", True): 262143,
+    ("cuda", "triton", False): 16383,
+    ("cuda", "triton", True): 32768,
 }
-"""Keys up to which exact attention is the faster one, by (device, is_causal).
+"""Keys up to which exact attention is the faster one, by (device, backend, is_causal).
 
-What `min_seq_len=None` means for a whole call; measured with `benchmarks/crossover.py`. On a GPU
-this is the break-even of the torch backend, whose causal one lies beyond the measured lengths.
+What `min_seq_len=None` means for a whole call. Those of the torch backend are from
+`benchmarks/crossover.py` (the causal one on a GPU lies beyond the measured lengths), those of the
+Triton backend from `hyperframe bench --suite short`, for calls that launch one by one; captured in a
+CUDA graph they win from 4,096 and 8,192 keys on (`min_seq_len=0`).
 """
 
 DEFAULT_LEAF = 2048
@@ -78,7 +82,10 @@ class Pipeline:
         limit, num_keys = self.min_seq_len, part.key.shape[2]
         if limit is None:
             device = part.query.device.type
-            limit = BREAK_EVEN.get((device, part.is_causal), 0)
+            backend = resolve_backend(
+                self.backend, part.query.device, query=part.query, value=part.value
+            )
+            limit = BREAK_EVEN.get((device, backend, part.is_causal), 0)
             if num_keys <= limit and not torch.compiler.is_compiling():
                 _log_exact(device, part.is_causal, limit)
         num_queries = part.query.shape[2]

@@ -81,7 +81,11 @@ def attend_all(
         ready = plan if isinstance(plan, BlockPlan) else plan.deduplicated()
         (apart if _stands_apart(ready) else together).append(ready)
     # a plan that covers all rows comes first: the others merge into what it wrote
-    together.sort(key=_leaves_rows_out)
+    # (no sort: its keys are symbolic under torch.compile)
+    together = [
+        *(plan for plan in together if not _leaves_rows_out(plan)),
+        *(plan for plan in together if _leaves_rows_out(plan)),
+    ]
     states = []
     if together or leaf is not None:
         out, lse = attend_plans(query, key, value, together, leaf=leaf, scale=scale)

@@ -1,4 +1,4 @@
-"""The same laws on a CUDA device: the torch backend against the float64 oracle."""
+"""The same laws on a CUDA device: the torch and the Triton backend against their oracles."""
 
 from __future__ import annotations
 
@@ -49,6 +49,47 @@ def test_cuda_agrees_with_the_reference_backend(
         results.append([out, lse.nan_to_num(neginf=0), *grads])
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("causal", [None, "single_pass", "recursive"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_triton_backend_agrees_with_the_torch_backend(spec: str, causal: str | None) -> None:
+    # float32 in both: the choices depend on the dtype of the inputs. one length, because kernels
+    # are compiled for every kind of plan; lengths of their own are drawn in tests/kernels/triton
+    options = {"detector": spec, "num_samples": 40, "min_seq_len": 40}
+    options["causal"] = causal or "single_pass"
+    results = []
+    for backend in ("torch", "triton"):
+        q, k, v = (x.requires_grad_() for x in inputs(333, 333, torch.float32))
+        generator = torch.Generator("cuda").manual_seed(1)
+        out, lse = HyperAttention(backend=backend, **options)(
+            q, k, v, is_causal=causal is not None, return_lse=True, generator=generator
+        )
+        lse = lse.masked_fill(torch.isinf(lse), 0)
+        grads = torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v))
+        results.append([out, lse, *grads])
+    for expected, found in zip(*results, strict=True):
+        size = max(1.0, float(expected.abs().max()))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * size)
+
+
+@pytest.mark.parametrize("n_q, n_k", [(100, 333), (333, 100)])
+@pytest.mark.parametrize("causal", [None, "single_pass"])
+def test_the_triton_backend_takes_any_two_lengths(causal: str | None, n_q: int, n_k: int) -> None:
+    results = []
+    for backend in ("torch", "triton"):
+        q, k, v = inputs(n_q, n_k, torch.float32)
+        attention = HyperAttention(
+            detector="sort_lsh(block_size=64)", num_samples=40, min_seq_len=40, backend=backend,
+            causal=causal or "single_pass",
+        )  # fmt: skip
+        generator = torch.Generator("cuda").manual_seed(1)
+        out, lse = attention(
+            q, k, v, is_causal=causal is not None, return_lse=True, generator=generator
+        )
+        results.append([out, lse])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -15,13 +15,22 @@ CPU = torch.device("cpu")
 
 
 def test_the_reference_and_torch_run_everywhere() -> None:
-    assert {"reference", "torch"} <= set(available_backends()) <= set(backends.BACKENDS)
+    for device in (None, "cpu", CPU):
+        found = available_backends(device)
+        assert {"reference", "torch"} <= set(found) <= set(backends.BACKENDS) - {"auto"}
     for name in ("reference", "torch"):
         assert resolve_backend(name, CPU) == name
 
 
 def test_auto_resolves_to_a_backend_that_can_run_here() -> None:
-    assert resolve_backend("auto", CPU) in available_backends()
+    assert resolve_backend("auto", CPU) in available_backends(CPU)
+
+
+def test_auto_is_torch_on_a_cpu_even_where_kernels_could_be_interpreted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve_backend("auto", CPU) == "torch"
 
 
 def test_auto_logs_its_choice_once_a_device(caplog: pytest.LogCaptureFixture) -> None:
@@ -40,7 +49,9 @@ def test_an_unknown_name_is_refused_with_those_that_exist(name: str) -> None:
         resolve_backend(name, CPU)
 
 
-@pytest.mark.parametrize("name", sorted(set(backends.BACKENDS) - {"auto", *available_backends()}))
+@pytest.mark.parametrize(
+    "name", sorted(set(backends.BACKENDS) - {"auto", *available_backends(CPU)})
+)
 def test_a_known_name_that_cannot_run_is_refused_and_never_replaced(name: str) -> None:
     q = torch.zeros(1, 1, 2, 2)
     with pytest.raises(BackendUnavailableError, match=f"backend: '{name}' was asked for"):

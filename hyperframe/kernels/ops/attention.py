@@ -60,28 +60,32 @@ def unpack(
     summary_key: torch.Tensor | None = None, summary_value: torch.Tensor | None = None,
 ) -> tuple[list[Plan], int | None]:  # fmt: skip
     """Return what `pack` was given, summaries beside; tile plans come back as disjoint ones."""
-    tensor, size = iter(tensors[1:]), iter(sizes)
-    leaf, count = next(size), next(size)
+    tensor, place = iter(tensors[1:]), 2
+    leaf, count = sizes[:2]
     plans: list[Plan] = []
     for _ in range(count):
         fields: dict[str, Any]
-        if next(size):
+        if sizes[place]:
             fields = {name: next(tensor) for name in _BLOCK_TENSORS}
-            fields |= {name: next(size) for name in _BLOCK_SIZES}
-            parts = [tuple(next(size) for _ in range(5)) for _ in range(next(size))]
-            fields["rectangles"] = tuple(part[:4] for part in parts)
-            plans.append(BlockPlan(**fields, tile_counts=tuple(part[4] for part in parts)))
+            fields |= zip(_BLOCK_SIZES, sizes[place + 1 : place + 6], strict=True)
+            first, rectangles = place + 7, sizes[place + 6]
+            place = first + 5 * rectangles
+            starts = range(first, place, 5)
+            fields["rectangles"] = tuple(tuple(sizes[at : at + 4]) for at in starts)
+            fields["tile_counts"] = tuple(sizes[first + 4 : place : 5])
+            plans.append(BlockPlan(**fields))
             continue
         fields = {name: next(tensor) for name in _TILE_TENSORS}
         key_rank, start, stop = (next(tensor) for _ in range(3))
         if key_rank is not None and start is not None and stop is not None:
             fields["excluded"] = RankRanges(key_rank=key_rank, start=start, stop=stop)
         names = ("tile_size", "num_query_heads", "num_queries", "num_keys")
-        fields |= {name: next(size) for name in names}
-        fields |= {"is_causal": bool(next(size)), "query_offset": next(size), "disjoint": True}
+        fields |= zip(names, sizes[place + 1 : place + 5], strict=True)
+        is_causal, offset, has_band, left, right = sizes[place + 5 : place + 10]
+        place += 10
+        fields |= {"is_causal": bool(is_causal), "query_offset": offset, "disjoint": True}
         fields |= {"summary_key": summary_key, "summary_value": summary_value}
-        has_band, band = next(size), (next(size), next(size))
-        plans.append(TilePlan(**fields, band=band if has_band else None))
+        plans.append(TilePlan(**fields, band=(left, right) if has_band else None))
     return plans, leaf or None
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
 
 from ...blockplan import BlockPlan
 from ...plan import TilePlan
+from .configs import padded, power_of_two
 from .lists import block_lists_kernel, places_kernel
 
 __all__ = ["LIST", "WEIGHT", "PlanView", "is_wide", "kernel_arguments", "places_of", "strides_of", "view_of"]
@@ -76,8 +76,8 @@ def strides_of(tensor: torch.Tensor | None, names: tuple[str, ...]) -> dict[str,
     """Return strides by name; 0 where a dimension has one element, or without a tensor."""
     if tensor is None:
         return dict.fromkeys(names, 0)
-    sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    return dict(zip(names, (0 if size == 1 else stride for size, stride in sizes), strict=False))
+    shape, strides = tensor.shape, tensor.stride()
+    return {name: 0 if shape[i] == 1 else strides[i] for i, name in enumerate(names)}
 
 
 def _unit(tensor: torch.Tensor) -> torch.Tensor:
@@ -145,7 +145,7 @@ def _block_lists(
     order = _unit(plan.key_order)
     batch, key_heads = order.shape[:2]
     tiles, exact = plan.tiles.shape[0], _padded(plan.max_keys)
-    samples = triton.next_power_of_2(plan.num_samples) if plan.num_samples else 0
+    samples = power_of_two(plan.num_samples) if plan.num_samples else 0
     shape = (batch, key_heads, tiles, exact + samples)
     index = torch.empty(shape, dtype=torch.int32, device=order.device)
     count = torch.empty(shape[:3], dtype=torch.int32, device=order.device)
@@ -202,7 +202,7 @@ def places_of(
 
 def _padded(count: int) -> int:
     """Return the count rounded up to whole blocks: of 128, or of a smaller power of two."""
-    block = min(128, max(16, int(triton.next_power_of_2(count))))
+    block = min(128, padded(count))
     return -(-count // block) * block
 
 
