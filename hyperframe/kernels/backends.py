@@ -118,8 +118,8 @@ def attend(
     """Attend by a plan with the backend of that name; shapes as in `TilePlan`.
 
     With the environment variable `HYPERFRAME_DEBUG=1` the indices of the plan are checked first,
-    which reads the device. Without, an index outside the keys counts as an unused slot on the
-    Triton backend (it is never read), and is an error of the indexing on the others.
+    which reads the device. Without, an index outside the keys means the nearest key on the
+    Triton backend (nothing else is read), and is an error of the indexing on the others.
 
     Raises:
         ArgumentError: the plan was made for other shapes.

@@ -56,7 +56,7 @@ def seen_positions(
     - banded slots are seen from `key - right` to `key + left`;
     - exact slots from everywhere, sampled ones from everywhere but the band;
     - under a causal mask from the key's own position on, of all these;
-    - summaries from everywhere.
+    - summaries from everywhere; in a banded slot, from nowhere, since they have no position.
     """
     everywhere = -1  # the largest unsigned span
     low = tl.zeros_like(key)
@@ -74,7 +74,12 @@ def seen_positions(
             low = tl.where(is_sampled, key + left + 1, key - right)
             span = tl.where(is_sampled, -(left + right + 2), everywhere)
             span = tl.where(is_banded, left + right, span)
-    span = tl.where(key < num_keys, span, everywhere)
+    is_summary = key >= num_keys
+    span = tl.where(is_summary, everywhere, span)
+    if HAS_BAND:
+        nowhere = is_summary & is_banded
+        low = tl.where(nowhere, -0x7FFFFFFF, low)  # a position that no row has
+        span = tl.where(nowhere, 0, span)
     return low, span.to(tl.uint32, bitcast=True)
 
 

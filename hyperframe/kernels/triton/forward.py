@@ -242,8 +242,9 @@ def forward_kernel(
         share = tl.exp2((lse - final_top) * LOG2_E)
         old_share = tl.exp2((old_lse - final_top) * LOG2_E)
         total = share + old_share
-        lse = tl.where(total > 0, final_top + tl.log2(total) * LN_2, float("-inf"))
-        total = tl.where(total > 0, total, 1.0)
+        is_empty = total == 0
+        total = tl.where(is_empty, 1.0, total)
+        lse = tl.where(is_empty, float("-inf"), final_top + tl.log2(total) * LN_2)
         out = out * (share / total)[:, None] + old_out * (old_share / total)[:, None]
     tl.store(lse_ptr + flat_row, lse, mask=is_row)
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=store)
