@@ -47,6 +47,8 @@ class BlockPlan:
         sample_log_weight: float32, the same shape (expanded dimensions are welcome);
             `-log(m p_j)`, `-inf` for a slot that counts nothing.
         sample_rank: int32, the same shape: place of every sampled key in `key_order`.
+        samples_are_own: True when the maker vouches that the samples of a rectangle are keys of its
+            own range, so that no two rectangles share one.
     """
 
     query_order: torch.Tensor
@@ -62,6 +64,7 @@ class BlockPlan:
     sample_index: torch.Tensor | None = None
     sample_log_weight: torch.Tensor | None = None
     sample_rank: torch.Tensor | None = None
+    samples_are_own: bool = False
 
     def __post_init__(self) -> None:
         """Check shapes; values are checked by `validate`, which reads the device."""
@@ -131,10 +134,10 @@ class BlockPlan:
         for axis, longest, name in ((0, self.max_rows, "query"), (2, self.max_keys, "key")):
             before = 0
             for start, stop in sorted(row[axis : axis + 2] for row in table):
-                if not before <= start <= stop <= start + longest:
+                if not before <= start < stop <= start + longest:
                     raise ArgumentError(
-                        f"tiles: the {name} range {start}..{stop} overlaps another one or is "
-                        f"longer than {longest}"
+                        f"tiles: the {name} range {start}..{stop} is empty, overlaps another one "
+                        f"or is longer than {longest}"
                     )
                 before = stop
         owners = [r for r, count in enumerate(self.tile_counts) for _ in range(count)]

@@ -106,7 +106,8 @@ def build_level_plans(
         first = own.stop
         places = sample.index[:, :, own]
         rank = mask.rank_of_keys().gather(-1, places.flatten(2)).view(places.shape)
-        plans.append(_block_plan(mask, index[:, :, own], sample.log_weight[:, :, own], rank))
+        plan = _block_plan(mask, index[:, :, own], sample.log_weight[:, :, own], rank)
+        plans.append(replace(plan, samples_are_own=True))
     return plans
 
 
@@ -129,8 +130,9 @@ def _block_plan(
     return BlockPlan(
         query_order=mask.query_order.int(), key_order=mask.key_order.int(), tiles=tiles.table,
         max_rows=tiles.max_rows, max_keys=tiles.max_keys, tile_counts=tiles.counts,
-        rectangles=mask.rectangles, num_query_heads=mask.num_query_heads, num_queries=mask.num_queries,
-        num_keys=mask.num_keys, sample_index=None if index is None else index.int(),
+        rectangles=mask.rectangles, num_query_heads=mask.num_query_heads,
+        num_queries=mask.num_queries, num_keys=mask.num_keys,
+        sample_index=None if index is None else index.int(),
         sample_log_weight=None if log_weight is None else log_weight.float(),
         sample_rank=None if rank is None else rank.int(),
     )  # fmt: skip

@@ -49,8 +49,8 @@ BREAK_EVEN = {
 
 What `min_seq_len=None` means for a whole call. Those of the torch backend are from
 `benchmarks/crossover.py` (the causal one on a GPU lies beyond the measured lengths), those of the
-Triton backend from `hyperframe bench --suite short`, for calls that launch one by one; captured in a
-CUDA graph they win from 4,096 and 8,192 keys on (`min_seq_len=0`).
+Triton backend from `hyperframe bench --suite short`, for calls that launch one by one; captured in
+a CUDA graph they win from 4,096 and 8,192 keys on (`min_seq_len=0`).
 """
 
 DEFAULT_LEAF = 2048

@@ -136,6 +136,8 @@ class TilePlan:
                 f"tile_size: {lists[2]} tiles of {self.tile_size} rows do not cover the "
                 f"{self.num_queries} queries"
             )
+        if self.band is not None and min(self.band) < 0:
+            raise ArgumentError(f"band: {self.band} reaches back or ahead by less than nothing")
         if (self.band is None) != (self.band_count is None):
             raise ArgumentError("band and band_count: give both or neither")
         if (self.summary_key is None) != (self.summary_value is None):

@@ -80,8 +80,10 @@ def resolve_backend(
                 f"backend: 'triton' was asked for, but {reason}; choose one of "
                 f"{', '.join(available_backends(device))}, or 'auto'"
             )
-        reason = None if query is None or value is None else (
-            triton_backend.why_not_inputs(query, value)
+        reason = (
+            None
+            if query is None or value is None
+            else (triton_backend.why_not_inputs(query, value))
         )
         if reason is not None:
             raise UnsupportedError(

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from ..blockplan import BlockPlan
+from ..errors import ArgumentError
 from ..plan import TilePlan
+from ..ragged import spread_heads
 from ..state import AttentionState, merge
 from .ops import has_triton
 from .ops.attention import attend_plans
@@ -78,7 +81,7 @@ def attend_all(
     together: list[TilePlan | BlockPlan] = []
     apart: list[TilePlan | BlockPlan] = []
     for plan in plans:
-        ready = plan if isinstance(plan, BlockPlan) else plan.deduplicated()
+        ready = plan if isinstance(plan, BlockPlan) else _with_own_ranks(plan, key.shape[1])
         (apart if _stands_apart(ready) else together).append(ready)
     # a plan that covers all rows comes first: the others merge into what it wrote
     # (no sort: its keys are symbolic under torch.compile)
@@ -94,6 +97,21 @@ def attend_all(
         out, lse = attend_plans(query, key, value, [plan], leaf=None, scale=scale)
         states.append(AttentionState(out=out, lse=lse))
     return merge(*states)
+
+
+def _with_own_ranks(plan: TilePlan, key_heads: int) -> TilePlan:
+    """Return the plan without repeated keys, and with ranks for every key head."""
+    plan = plan.deduplicated()
+    excluded = plan.excluded
+    if excluded is None or excluded.key_rank.shape[1] == key_heads:
+        return plan
+    if key_heads % excluded.key_rank.shape[1]:
+        raise ArgumentError(
+            f"excluded: its ranks are for {excluded.key_rank.shape[1]} heads, and there are "
+            f"{key_heads} key heads; give one order to each key head"
+        )
+    ranks = spread_heads(excluded.key_rank, key_heads)
+    return replace(plan, excluded=replace(excluded, key_rank=ranks))
 
 
 def _stands_apart(plan: TilePlan | BlockPlan) -> bool:

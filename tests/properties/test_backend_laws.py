@@ -21,8 +21,16 @@ from hyperframe.testing.strategies import (
     plans,
     problems,
 )
+from tests.backend_laws import (
+    SCALE,
+    TYPICAL,
+    in_dtype,
+    leaves,
+    plain_attention,
+    rounded,
+    with_gradients,
+)
 
-from tests.backend_laws import SCALE, TYPICAL, in_dtype, leaves, plain_attention, rounded, with_gradients
 
 def assert_states_close(a: AttentionState, b: AttentionState, tolerance: float = 1e-9) -> None:
     torch.testing.assert_close(a.out, b.out, rtol=tolerance, atol=tolerance)

@@ -38,7 +38,8 @@ def pack(plans: Sequence[Plan], leaf: int | None) -> tuple[list[torch.Tensor | N
     for plan in plans:
         if isinstance(plan, BlockPlan):
             tensors += [getattr(plan, name) for name in _BLOCK_TENSORS]
-            sizes += [1, *(getattr(plan, name) for name in _BLOCK_SIZES), len(plan.rectangles)]
+            sizes += [1, *(getattr(plan, name) for name in _BLOCK_SIZES)]
+            sizes += [int(plan.samples_are_own), len(plan.rectangles)]
             for rectangle, tiles in zip(plan.rectangles, plan.tile_counts, strict=True):
                 sizes += [*rectangle, tiles]
             continue
@@ -68,7 +69,8 @@ def unpack(
         if sizes[place]:
             fields = {name: next(tensor) for name in _BLOCK_TENSORS}
             fields |= zip(_BLOCK_SIZES, sizes[place + 1 : place + 6], strict=True)
-            first, rectangles = place + 7, sizes[place + 6]
+            fields["samples_are_own"] = bool(sizes[place + 6])
+            first, rectangles = place + 8, sizes[place + 7]
             place = first + 5 * rectangles
             starts = range(first, place, 5)
             fields["rectangles"] = tuple(tuple(sizes[at : at + 4]) for at in starts)
@@ -112,7 +114,8 @@ def attend_plans(
     summaries: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     for plan in plans:
         if isinstance(plan, TilePlan) and plan.summary_key is not None:
-            summaries = (plan.summary_key, plan.summary_value)
+            assert plan.summary_value is not None
+            summaries = (plan.summary_key.to(key.dtype), plan.summary_value.to(value.dtype))
     out, lse, _ = torch.ops.hyperframe.attend_plans(
         query, key, value, *summaries, tensors, sizes, scale
     )
@@ -211,9 +214,7 @@ def _shapes_of_gradients(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     query, key, value, summary_key, summary_value, plans, ctx.sizes, ctx.scale = inputs
     out, lse, floored = output
-    ctx.save_for_backward(
-        query, key, value, out, lse, floored, summary_key, summary_value, *plans
-    )
+    ctx.save_for_backward(query, key, value, out, lse, floored, summary_key, summary_value, *plans)
     ctx.mark_non_differentiable(floored)
     ctx.set_materialize_grads(False)
 

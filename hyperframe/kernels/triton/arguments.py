@@ -1,8 +1,8 @@
 """From a plan to the arguments of the kernels: pointers, strides, sizes, compile-time variants.
 
-All kernels read a plan through the same arguments, made once here. Dimensions of stride 0 are passed
-on as they are, so a list that all tiles share is read from one place; when every list of a plan is
-shared, the plan becomes one tile of all rows.
+All kernels read a plan through the same arguments, made once here. Dimensions of stride 0 are
+passed on as they are, so a list that all tiles share is read from one place; when every list of a
+plan is shared, the plan becomes one tile of all rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ from ...plan import TilePlan
 from .configs import padded, power_of_two
 from .lists import block_lists_kernel, places_kernel
 
-__all__ = ["LIST", "WEIGHT", "PlanView", "is_wide", "kernel_arguments", "places_of", "strides_of", "view_of"]
+__all__ = [
+    "LIST",
+    "WEIGHT",
+    "PlanView",
+    "is_wide",
+    "kernel_arguments",
+    "places_of",
+    "strides_of",
+    "view_of",
+]
 
 CONSECUTIVE, ORDERED, BLOCKED = 0, 1, 2
 
@@ -112,12 +121,12 @@ def _block_view(plan: BlockPlan, nothing: torch.Tensor) -> PlanView:
     covered = sum(rectangle[1] - rectangle[0] for rectangle in plan.rectangles)
     return PlanView(
         rows=BLOCKED, plan_heads=plan.num_query_heads, group=1, num_tiles=plan.tiles.shape[0],
-        tile_slots=plan.max_rows, list_slots=plan.max_keys,
+        tile_slots=plan.max_rows, list_slots=max(1, plan.max_keys),
         covers_all_rows=covered == plan.num_queries,
         order={"table_ptr": plan.tiles, "order_ptr": order, **strides_of(order, _ORDER)},
         lists={
             "index_ptr": index, "value_weight_ptr": nothing, "counts_ptr": count,
-            "exact_slots": _padded(plan.max_keys), **strides_of(index, LIST),
+            "exact_slots": _padded(max(1, plan.max_keys)), **strides_of(index, LIST),
             "weight_ptr": nothing if weight is None else weight, **strides_of(weight, WEIGHT),
             **strides_of(None, _VALUE_WEIGHT),
         },
@@ -144,7 +153,7 @@ def _block_lists(
     """
     order = _unit(plan.key_order)
     batch, key_heads = order.shape[:2]
-    tiles, exact = plan.tiles.shape[0], _padded(plan.max_keys)
+    tiles, exact = plan.tiles.shape[0], _padded(max(1, plan.max_keys))
     samples = power_of_two(plan.num_samples) if plan.num_samples else 0
     shape = (batch, key_heads, tiles, exact + samples)
     index = torch.empty(shape, dtype=torch.int32, device=order.device)
@@ -191,7 +200,8 @@ def places_of(
         places_kernel[(programs,)](
             **view.order, lse_ptr=lse, delta_ptr=delta, row_ptr=row, place_lse_ptr=place_lse,
             place_delta_ptr=place_delta, plan_heads=view.plan_heads, query_heads=heads,
-            num_tiles=view.num_tiles, tile_slots=view.tile_slots, num_queries=rows, place_tile=place_tile,
+            num_tiles=view.num_tiles, tile_slots=view.tile_slots, num_queries=rows,
+            place_tile=place_tile,
             GROUP=view.group, ROWS=view.rows, BLOCK=block,
         )  # fmt: skip
     return {
@@ -208,6 +218,8 @@ def _padded(count: int) -> int:
 
 def _tile_view(plan: TilePlan, nothing: torch.Tensor) -> PlanView:
     index = _unit(plan.key_index)
+    if plan.num_keys + plan.num_summaries == 0:
+        index = index[..., :0]  # no list can name a key
     lists = (index, plan.key_count, plan.heavy_count, plan.band_count, plan.log_weight,
              plan.value_log_weight)  # fmt: skip
     _, heads, tiles, slots = index.shape

@@ -1,12 +1,13 @@
 """Forward and backward of several plans and exact leaves as one state, in Triton kernels.
 
-The forward of each plan merges into the state that the plans before it left: one `(out, lse)` and no
-partial states. The backward therefore sees one softmax over everything: with the final `out` and
+The forward of each plan merges into the state that the plans before it left: one `(out, lse)` and
+no partial states. The backward therefore sees one softmax over everything: with the final `out` and
 `lse`, every plan (and the fused kernel of the leaves) gives just its part of the gradients.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,16 @@ from ...blockplan import BlockPlan
 from ...plan import TilePlan
 from ...tables import int_table, kept
 from ..fused_exact import leaf_backward, leaf_forward
-from .arguments import LIST, WEIGHT, PlanView, is_wide, kernel_arguments, places_of, strides_of, view_of
+from .arguments import (
+    LIST,
+    WEIGHT,
+    PlanView,
+    is_wide,
+    kernel_arguments,
+    places_of,
+    strides_of,
+    view_of,
+)
 from .backward_keys import add_samples_kernel, backward_keys_kernel
 from .backward_rows import backward_rows_kernel
 from .configs import Config, choose, launch, padded
@@ -87,8 +97,8 @@ def _forward_plan(
     lse: torch.Tensor, floored: torch.Tensor, scale: float, *, merge: bool,
 ) -> None:  # fmt: skip
     programs = query.shape[0] * view.plan_heads * view.num_tiles
-    if programs == 0 or query.shape[2] == 0:
-        return
+    if programs == 0 or query.shape[2] == 0 or view.list_slots == 0:
+        return  # nothing to add, and what is not covered was filled before
     given = {
         "floor_ptr": query, **kernel_arguments(view, query, key, value, scale), **view.order,
         **_shape(query, value), "ROWS": view.rows, "MERGE": merge,
@@ -174,8 +184,8 @@ def _delta(
 class _Gradients:
     """Where the gradients gather.
 
-    What has one writer at a time (queries; keys of leaves and blocks) goes to `dq`, `dk`, `dv`; what
-    several programs add to (keys of tile plans) to float32 sums beside them.
+    What has one writer at a time (queries; keys of leaves and blocks) goes to `dq`, `dk`, `dv`;
+    what several programs add to (keys of tile plans) to float32 sums beside them.
     """
 
     def __init__(
@@ -275,9 +285,7 @@ def _tile_gradients(
         "rank_batch": 0, "rank_head": 0, "rank_tile": 0, "num_slots": view.list_slots,
     }  # fmt: skip
     del of_keys["exact_slots"]
-    config = choose(
-        "listed", query, value, tile_rows, view.list_slots, is_plain=view.is_plain
-    )
+    config = choose("listed", query, value, tile_rows, view.list_slots, is_plain=view.is_plain)
     tiles = query.shape[0] * view.plan_heads * view.num_tiles
 
     def run(count: int, first: int, dk: torch.Tensor, dv: torch.Tensor, *, atomic: bool) -> None:
@@ -338,8 +346,8 @@ def _flat_keys(view: PlanView, dk: torch.Tensor) -> torch.Tensor:
     index = view.lists["index_ptr"][:, :, : view.num_tiles].long()
     used = torch.arange(index.shape[-1], device=index.device)
     used = used < view.lists["counts_ptr"][..., :1].expand(*index.shape[:3], 1)
-    # slots that count nothing hold zeros: they may add to any key
-    index = torch.where(used & (index >= 0) & (index < rows), index, 0)
+    # slots that are not used hold zeros: they may add to any key
+    index = torch.where(used, index.clamp(0, rows - 1), 0)
     head = torch.arange(view.plan_heads, device=index.device) * key_heads // view.plan_heads
     flat_head = torch.arange(batch, device=index.device)[:, None] * key_heads + head
     return (flat_head[:, :, None, None] * rows + index).flatten(0, 2)
@@ -351,6 +359,9 @@ def _block_gradients(
 ) -> None:  # fmt: skip
     plan = view.blocks
     assert plan is not None
+    if view.num_tiles == 0:
+        sums.owned()
+        return
     accumulate = sums.dk is not None
     _gradient_of_rows(query, value, view, given, sums, scatter=False)
     dk, dv = sums.owned()
@@ -385,7 +396,7 @@ def _block_gradients(
         lambda config: -(-plan.max_keys // config.block_n) * view.num_tiles * batch * key_heads,
         range_arguments,
     )  # fmt: skip
-    if sample is None or plan.num_samples == 0:
+    if sample is None or plan.num_samples == 0 or not plan.tile_counts:
         return
     slot_blocks = -(-plan.num_samples // 64)
     wanted = _PROGRAMS // max(1, batch * heads * len(plan.tile_counts) * slot_blocks)
@@ -422,7 +433,9 @@ def _parts(tile_counts: tuple[int, ...], wanted: int, device: torch.device) -> t
     rows, before = [], 0
     for rectangle, count in enumerate(tile_counts):
         bounds = [before + part * count // each for part in range(each + 1)]
-        rows += [(*pair, rectangle) for pair in zip(bounds, bounds[1:], strict=False)]
+        for first, last in itertools.pairwise(bounds):
+            # an empty part still reads the places of a tile that exists
+            rows.append((first, last, rectangle) if first < last else (0, 0, rectangle))
         before += count
     return int_table(rows, 3, device)
 
@@ -439,8 +452,14 @@ def _add_samples(
         width,
     ).sum((2, 4))  # fmt: skip
     block = 32 if width <= 128 else 16
-    add_samples_kernel[(batch * key_heads * rectangles * -(-plan.num_samples // block),)](
-        index_ptr=sample, **strides_of(sample, LIST), part_ptr=of_rectangle, out_ptr=total,
-        key_heads=key_heads, rectangles=rectangles, num_keys=num_keys,
-        num_slots=plan.num_samples, D=width, BLOCK_D=padded(width), BLOCK_N=block,
-    )  # fmt: skip
+    # rectangles that share a sampled key take turns: each adds to what the others have written
+    step = rectangles if plan.samples_are_own else 1
+    for first in range(0, rectangles, step):
+        now = sample[:, :, first : first + step]
+        programs = batch * key_heads * step * -(-plan.num_samples // block)
+        add_samples_kernel[(programs,)](
+            index_ptr=now, **strides_of(now, LIST),
+            part_ptr=of_rectangle[:, :, first : first + step].contiguous(), out_ptr=total,
+            key_heads=key_heads, rectangles=step, num_keys=num_keys,
+            num_slots=plan.num_samples, D=width, BLOCK_D=padded(width), BLOCK_N=block,
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The gradient of keys and values, one block of keys at a time: no atomics where a key has one owner.
+"""The gradient of keys and values, a block of keys at a time: no atomics where keys have one owner.
 
 One program owns `BLOCK_N` slots and walks over the rows that hold them, `BLOCK_M` at a time, with
 scores transposed so that `dV = P^T dO` and `dK = dS^T Q` accumulate in registers. Three forms:
@@ -47,7 +47,9 @@ def block_places(
     return first + block % blocks * BLOCK_M + lane
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "position_offset", "first_program", "part_blocks", "place_tile"])
+@triton.jit(
+    do_not_specialize=[*_SIZES, "position_offset", "first_program", "part_blocks", "place_tile"]
+)
 def backward_keys_kernel(
     q_ptr, k_ptr, v_ptr, grad_out_ptr, floored_ptr, dk_ptr, dv_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
@@ -62,7 +64,8 @@ def backward_keys_kernel(
     num_summaries, num_slots, left, right, position_offset, scale, first_program,
     parts_ptr, num_parts, part_blocks,
     GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, THREADS: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, THREADS: tl.constexpr,
+    WIDE: tl.constexpr,
     FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_VALUE_WEIGHT: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_FLOOR: tl.constexpr, HAS_BAND: tl.constexpr,
     IS_CAUSAL: tl.constexpr, NUM_EXCLUDED: tl.constexpr, SUMMARIES: tl.constexpr,
@@ -138,14 +141,16 @@ def backward_keys_kernel(
     bias = tl.where(slot < key_count, bias, float("-inf"))
     value_bias = bias
     if HAS_VALUE_WEIGHT:
-        value_bias = load_weights(value_weight_ptr + slot * vw_slot, slot, key_count, BLOCK_N, BLOCK_N)
+        value_bias = load_weights(
+            value_weight_ptr + slot * vw_slot, slot, key_count, BLOCK_N, BLOCK_N
+        )
     k_ptr += batch * k_batch + key_head.to(tl.int64) * k_head
     v_ptr += batch * v_batch + key_head.to(tl.int64) * v_head
     summary_key_ptr += flat_key_head * num_summaries * D
     summary_value_ptr += flat_key_head * num_summaries * D_V
     # slots that are not used hold the first key of the list, and weigh nothing
     first = tl.load(index_ptr, mask=key_count > 0, other=0).to(tl.int32)
-    key = tl.where(used, key, tl.minimum(tl.maximum(first, 0), num_keys - 1))
+    key = tl.where(used, key, tl.minimum(tl.maximum(first, 0), num_keys + num_summaries - 1))
     k = load_rows(
         k_ptr, key[:, None], k_row, dim[None, :], summary_key_ptr, num_keys, D, BLOCK_D, SUMMARIES,
         WIDE,
@@ -268,7 +273,9 @@ def backward_keys_kernel(
         target = flat_key_head * (num_keys + num_summaries) + tl.where(used, key, 0)
         stored = used
     else:
-        # by head (and tile), part, slot
+        # by head (and tile), part, slot; slots that are not used may hold NaN times 0
+        dk = tl.where(used[:, None], dk, 0.0)
+        dv = tl.where(used[:, None], dv, 0.0)
         target = (tl.program_id(0) // slot_blocks).to(tl.int64) * num_slots + slot
         stored = slot < num_slots
     k_targets = dk_ptr + target.to(tl.int64)[:, None] * D + dim[None, :]

@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 
 from .common import (
-    blocks_to_test,
-    is_tested,
     BLOCKED,
     LOG2_E,
+    blocks_to_test,
+    is_tested,
     load_keys,
     load_rows,
     load_weights,
@@ -45,7 +45,8 @@ def backward_rows_kernel(
     plan_heads, query_heads, key_heads, num_tiles, tile_slots, num_queries, num_keys,
     num_summaries, exact_slots, left, right, position_offset, scale,
     GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, THREADS: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, THREADS: tl.constexpr,
+    WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_VALUE_WEIGHT: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_FLOOR: tl.constexpr, HAS_BAND: tl.constexpr, IS_CAUSAL: tl.constexpr,
@@ -159,12 +160,16 @@ def backward_rows_kernel(
         )  # fmt: skip
         if HAS_WEIGHT:
             later = slot + BLOCK_N
-            next_bias = load_weights(weight_ptr + later * weight_slot, later, key_count, BLOCK_N, THREADS)
+            next_bias = load_weights(
+                weight_ptr + later * weight_slot, later, key_count, BLOCK_N, THREADS
+            )
         elif not UNIFORM:
             bias = tl.where(slot < key_count, 0.0, float("-inf"))
         value_bias = bias
         if HAS_VALUE_WEIGHT:
-            value_bias = load_weights(value_weight_ptr + slot * vw_slot, slot, key_count, BLOCK_N, THREADS)
+            value_bias = load_weights(
+                value_weight_ptr + slot * vw_slot, slot, key_count, BLOCK_N, THREADS
+            )
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
         if UNIFORM:
             shift = lse - tl.where(start < exact_slots, 0.0, sample_weight)

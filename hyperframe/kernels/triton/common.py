@@ -1,7 +1,8 @@
 """What the attention kernels share: rows of a tile, visibility, gathering, shares.
 
-The three kernels (`forward`, `backward_rows`, `backward_keys`) differ in what they keep in registers
-and what they loop over; which row a slot owns, who sees a key and what it weighs is said once, here.
+The three kernels (`forward`, `backward_rows`, `backward_keys`) differ in what they keep in
+registers and what they loop over; which row a slot owns, who sees a key and what it weighs is said
+once, here.
 Functions that take rows and slots work on `[rows, 1]` with `[1, slots]` as well as transposed.
 
 Weights are in units of log2, because `exp2` is what the hardware has.
@@ -179,7 +180,9 @@ def load_once(ptr, used, other, COUNT: tl.constexpr, THREADS: tl.constexpr):
     if THREADS > COUNT:
         copy = tl.arange(0, THREADS // COUNT)
         place = ptr[:, None] + tl.zeros_like(copy)[None, :]
-        copies = tl.load(place, mask=used[:, None] & (copy >= 0)[None, :], other=other, volatile=True)
+        copies = tl.load(
+            place, mask=used[:, None] & (copy >= 0)[None, :], other=other, volatile=True
+        )
         return tl.max(copies, 1)
     else:
         return tl.load(ptr, mask=used, other=other, volatile=True)

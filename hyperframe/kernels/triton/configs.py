@@ -55,8 +55,8 @@ class Config:
             yield config
 
 
-# (kernel, widest head size) -> configuration for 16-bit inputs, measured on an H100. What decides is
-# how many programs share a multiprocessor: registers are capped where that fits one more in
+# (kernel, widest head size) -> configuration for 16-bit inputs, measured on an H100. What decides
+# is how many programs share a multiprocessor: registers are capped where that fits one more in
 _MEASURED = {
     ("forward", 64): Config(128, 64, 8, 3, 128),
     ("forward", 128): Config(128, 64, 8, 2, 128),

@@ -6,8 +6,8 @@ registers: the softmax of FlashAttention over gathered keys. With `MERGE` the re
 the state that is there already, so that several plans leave one state behind and no partial states.
 
 The keys of the next block are loaded one iteration ahead, so that the gathers of K and V, which the
-compiler pipelines, never wait for them. The elementwise test of visibility runs only in blocks where
-it can matter.
+compiler pipelines, never wait for them. The elementwise test of visibility runs only in blocks
+where it can matter.
 
 `SPLIT` is the variant in which the row sum and the numerator differ (caps, floor, value weights):
 it keeps a maximum for each, and the exact and the sampled part of the row sum apart.
@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 
 from .common import (
-    blocks_to_test,
-    is_tested,
     BLOCKED,
     LN_2,
     LOG2_E,
+    blocks_to_test,
+    is_tested,
     load_keys,
     load_rows,
     load_weights,
@@ -48,7 +48,8 @@ def forward_kernel(
     plan_heads, query_heads, key_heads, num_tiles, tile_slots, num_queries, num_keys,
     num_summaries, exact_slots, left, right, position_offset, scale,
     GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, THREADS: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, THREADS: tl.constexpr,
+    WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_VALUE_WEIGHT: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_FLOOR: tl.constexpr, HAS_BAND: tl.constexpr, IS_CAUSAL: tl.constexpr,
@@ -151,7 +152,9 @@ def forward_kernel(
         )  # fmt: skip
         if HAS_WEIGHT:
             later = slot + BLOCK_N
-            next_bias = load_weights(weight_ptr + later * weight_slot, later, key_count, BLOCK_N, THREADS)
+            next_bias = load_weights(
+                weight_ptr + later * weight_slot, later, key_count, BLOCK_N, THREADS
+            )
         elif not UNIFORM:
             bias = tl.where(slot < key_count, 0.0, float("-inf"))
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
@@ -177,7 +180,9 @@ def forward_kernel(
             is_heavy = (slot < heavy_count)[None, :]
             value_bias = bias
             if HAS_VALUE_WEIGHT:
-                value_bias = load_weights(value_weight_ptr + slot * vw_slot, slot, key_count, BLOCK_N, THREADS)
+                value_bias = load_weights(
+                    value_weight_ptr + slot * vw_slot, slot, key_count, BLOCK_N, THREADS
+                )
             row_logits = logits
             if HAS_CAP:
                 row_logits = tl.where(is_heavy, logits, tl.minimum(logits, cap[:, None]))

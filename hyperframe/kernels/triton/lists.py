@@ -44,7 +44,8 @@ def block_lists_kernel(
     for start in range(0, exact_slots, BLOCK):
         slot = start + tl.arange(0, BLOCK)
         used = slot < last - first
-        key = tl.load(order_ptr + tl.where(used, slot, 0))
+        # a tile without keys has no first one either
+        key = tl.load(order_ptr + tl.where(used, slot, 0), mask=last > first, other=0)
         tl.store(index_ptr + slot, key, mask=slot < exact_slots)
         if WEIGHTS:
             weight = tl.where(used, 0.0, float("-inf"))
@@ -64,7 +65,7 @@ def block_lists_kernel(
         total = tl.sum(kept.to(tl.int32), 0)
         # kept samples move up, the others go behind them in their own order
         target = exact_slots + tl.where(kept, before - 1, total + place - before)
-        key = tl.where(kept, key, tl.load(order_ptr))
+        key = tl.where(kept, key, tl.load(order_ptr, mask=last > first, other=0))
         stored = target < list_slots
         tl.store(index_ptr + target, key, mask=stored)
         if WEIGHTS:
