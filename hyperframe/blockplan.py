@@ -134,10 +134,14 @@ class BlockPlan:
         for axis, longest, name in ((0, self.max_rows, "query"), (2, self.max_keys, "key")):
             before = 0
             for start, stop in sorted(row[axis : axis + 2] for row in table):
-                if not before <= start < stop <= start + longest:
+                if not before <= start <= stop <= start + longest:
                     raise ArgumentError(
-                        f"tiles: the {name} range {start}..{stop} is empty, overlaps another one "
-                        f"or is longer than {longest}"
+                        f"tiles: the {name} range {start}..{stop} overlaps another one or is "
+                        f"longer than {longest}"
+                    )
+                if start == stop:
+                    raise ArgumentError(
+                        f"tiles: the {name} range {start}..{stop} is empty; leave the tile out"
                     )
                 before = stop
         owners = [r for r, count in enumerate(self.tile_counts) for _ in range(count)]

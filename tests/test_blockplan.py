@@ -177,6 +177,7 @@ def changed(tensor: torch.Tensor | None, at: tuple[int, ...], value: int) -> tor
         ({"tiles": changed(plan().tiles, (1, 4), 1)}, "tile_counts: "),
         ({"tiles": changed(plan().tiles, (1, 4), 2)}, "tile_counts: "),
         ({"tile_counts": (1, 3)}, "tile_counts: "),
+        ({"tiles": changed(plan().tiles, (0, 3), 2)}, "tiles: the key range 2..2 is empty"),
         ({"rectangles": ((0, 3, 2, 4), (3, 5, 0, 2))}, "hold 2 of its 3 rows"),
         ({"rectangles": ((1, 3, 2, 3), (3, 5, 0, 2))}, "lies outside of its rectangle"),
         ({"sample_index": changed(plan().sample_index, (0, 0, 0, 0), 3)}, "sample_rank: not the"),
