@@ -62,7 +62,7 @@ def resolve_backend(
     if name == "auto":
         chosen = "torch"
         if device.type == "cuda" and triton_backend.why_not(device) is None:
-            chosen = "triton" if _takes(query, value) else "torch"
+            chosen = "torch" if _why_not_inputs(query, value) else "triton"
         if not torch.compiler.is_compiling():  # a log record would break the graph
             _log_choice(chosen, device.type)
         return chosen
@@ -80,11 +80,7 @@ def resolve_backend(
                 f"backend: 'triton' was asked for, but {reason}; choose one of "
                 f"{', '.join(available_backends(device))}, or 'auto'"
             )
-        reason = (
-            None
-            if query is None or value is None
-            else (triton_backend.why_not_inputs(query, value))
-        )
+        reason = _why_not_inputs(query, value)
         if reason is not None:
             raise UnsupportedError(
                 f"backend: 'triton' {reason}; backend='torch' takes them, or convert the inputs"
@@ -92,11 +88,11 @@ def resolve_backend(
     return name
 
 
-def _takes(query: torch.Tensor | None, value: torch.Tensor | None) -> bool:
-    """Whether the Triton kernels take inputs like these; True where they are not known."""
+def _why_not_inputs(query: torch.Tensor | None, value: torch.Tensor | None) -> str | None:
+    """Return what the Triton kernels cannot take of the inputs; None where they are not known."""
     if query is None or value is None:
-        return True
-    return triton_backend.why_not_inputs(query, value) is None
+        return None
+    return triton_backend.why_not_inputs(query, value)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import torch
 
 from ...blockplan import BlockPlan
 from ...plan import TilePlan
+from . import common
 from .configs import padded, power_of_two
 from .lists import block_lists_kernel, places_kernel
 
@@ -28,7 +29,10 @@ __all__ = [
     "view_of",
 ]
 
-CONSECUTIVE, ORDERED, BLOCKED = 0, 1, 2
+# the kernels' own constants, as plain numbers
+CONSECUTIVE, ORDERED, BLOCKED = (
+    form.value for form in (common.CONSECUTIVE, common.ORDERED, common.BLOCKED)
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

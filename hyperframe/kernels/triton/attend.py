@@ -27,7 +27,7 @@ from .arguments import (
     strides_of,
     view_of,
 )
-from .backward_keys import add_samples_kernel, backward_keys_kernel
+from .backward_keys import LISTED, RANGE, SAMPLED, add_samples_kernel, backward_keys_kernel
 from .backward_rows import backward_rows_kernel
 from .configs import Config, choose, launch, padded
 from .forward import forward_kernel
@@ -35,7 +35,8 @@ from .lists import delta_kernel
 
 __all__ = ["backward", "forward"]
 
-_LISTED, _RANGE, _SAMPLED = 0, 1, 2
+# the kernels' own constants, as plain numbers
+_LISTED, _RANGE, _SAMPLED = LISTED.value, RANGE.value, SAMPLED.value
 _FEWEST_ROWS_BY_KEY = 256  # rows of a tile from which keys are worth a kernel of their own
 _PROGRAMS = 2048  # enough to fill a GPU
 _CHUNK_BYTES = 1 << 30  # of gradients stored by slot
@@ -193,14 +194,12 @@ class _Gradients:
         leaf: int | None,
     ) -> None:  # fmt: skip
         self.inputs = (query, key, value)
-        self.num_writers = len(views) + (leaf is not None)
         self.written = False
-        self.keys_written = False
         covered = leaf is not None or (bool(views) and views[0].covers_all_rows)
         # blocks and leaves add a handful of times, in the dtype of the inputs: half the traffic,
         # and errors far below those of the products. Others add in float32
         tiles = any(view.blocks is None for view in views)
-        wide = self.num_writers > 1 and tiles
+        wide = tiles and len(views) + (leaf is not None) > 1
         self.dtype = torch.float32 if wide else query.dtype
         make = torch.empty if covered else torch.zeros
         self.dq = make(query.shape, dtype=self.dtype, device=query.device)

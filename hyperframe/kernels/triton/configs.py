@@ -148,7 +148,7 @@ def launch(
     last: Exception | None = None
     for candidate in (config if known is None else known).smaller():
         given = arguments(candidate)
-        if kernel is not None and not is_interpreted():
+        if not is_interpreted():
             given |= {"num_warps": candidate.num_warps, "num_stages": candidate.num_stages}
             if candidate.max_registers is not None:
                 given["maxnreg"] = candidate.max_registers
