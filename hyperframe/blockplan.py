@@ -49,6 +49,7 @@ class BlockPlan:
         sample_rank: int32, the same shape: place of every sampled key in `key_order`.
         samples_are_own: True when the maker vouches that the samples of a rectangle are keys of its
             own range, so that no two rectangles share one.
+        covers_all_keys: True when the maker vouches that every key lies in a tile's key range.
     """
 
     query_order: torch.Tensor
@@ -65,6 +66,7 @@ class BlockPlan:
     sample_log_weight: torch.Tensor | None = None
     sample_rank: torch.Tensor | None = None
     samples_are_own: bool = False
+    covers_all_keys: bool = False
 
     def __post_init__(self) -> None:
         """Check shapes; values are checked by `validate`, which reads the device."""
@@ -144,6 +146,11 @@ class BlockPlan:
                         f"tiles: the {name} range {start}..{stop} is empty; leave the tile out"
                     )
                 before = stop
+        held = sum(row[3] - row[2] for row in table)
+        if self.covers_all_keys and held != self.num_keys:
+            raise ArgumentError(
+                f"covers_all_keys: the tiles hold {held} of the {self.num_keys} keys; leave it out"
+            )
         owners = [r for r, count in enumerate(self.tile_counts) for _ in range(count)]
         if owners != [row[4] for row in table]:
             raise ArgumentError(

@@ -132,6 +132,7 @@ def _block_plan(
         max_rows=tiles.max_rows, max_keys=tiles.max_keys, tile_counts=tiles.counts,
         rectangles=mask.rectangles, num_query_heads=mask.num_query_heads,
         num_queries=mask.num_queries, num_keys=mask.num_keys,
+        covers_all_keys=tiles.num_keys == mask.num_keys,
         sample_index=None if index is None else index.int(),
         sample_log_weight=None if log_weight is None else log_weight.float(),
         sample_rank=None if rank is None else rank.int(),

@@ -297,6 +297,8 @@ def _efficient_backward(
     seed = torch.empty((), dtype=torch.int64, device=q.device)
     rows = q.shape[2]
     lse = F.pad(lse, (0, round_up(rows, 32) - rows), value=float("inf"))
+    # the kernel takes the rows of `out`, whatever its strides, to hold all heads side by side
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)
     grads = _ATEN._scaled_dot_product_efficient_attention_backward(
         grad_out, q, *_repeated(q, k, v), None, out, lse, seed, seed, 0.0,
         [True, True, True, False], is_causal, scale=scale,

@@ -52,9 +52,11 @@ def sdpa_attention(q, k, v, scale, is_causal):  # type: ignore[no-untyped-def]
     if is_causal and q.shape[2] != k.shape[2]:
         n_q, n_k = q.shape[2], k.shape[2]
         mask = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).tril(n_k - n_q)
+    # in float32 its kernels refuse other layouts, in the backward
     out = F.scaled_dot_product_attention(
-        q, keys, values, attn_mask=mask, is_causal=is_causal and mask is None, scale=scale
-    )
+        *(x.contiguous() for x in (q, keys, values)), attn_mask=mask,
+        is_causal=is_causal and mask is None, scale=scale,
+    )  # fmt: skip
     return out, plain_attention(q, k, v, scale, is_causal)[1]
 
 

@@ -28,6 +28,7 @@ _BLOCK_TENSORS = (
     "query_order", "key_order", "tiles", "sample_index", "sample_log_weight", "sample_rank",
 )  # fmt: skip
 _BLOCK_SIZES = ("max_rows", "max_keys", "num_query_heads", "num_queries", "num_keys")
+_BLOCK_FLAGS = ("samples_are_own", "covers_all_keys")
 
 
 def pack(plans: Sequence[Plan], leaf: int | None) -> tuple[list[torch.Tensor | None], list[int]]:
@@ -39,7 +40,8 @@ def pack(plans: Sequence[Plan], leaf: int | None) -> tuple[list[torch.Tensor | N
         if isinstance(plan, BlockPlan):
             tensors += [getattr(plan, name) for name in _BLOCK_TENSORS]
             sizes += [1, *(getattr(plan, name) for name in _BLOCK_SIZES)]
-            sizes += [int(plan.samples_are_own), len(plan.rectangles)]
+            sizes += [int(getattr(plan, name)) for name in _BLOCK_FLAGS]
+            sizes += [len(plan.rectangles)]
             for rectangle, tiles in zip(plan.rectangles, plan.tile_counts, strict=True):
                 sizes += [*rectangle, tiles]
             continue
@@ -69,8 +71,9 @@ def unpack(
         if sizes[place]:
             fields = {name: next(tensor) for name in _BLOCK_TENSORS}
             fields |= zip(_BLOCK_SIZES, sizes[place + 1 : place + 6], strict=True)
-            fields["samples_are_own"] = bool(sizes[place + 6])
-            first, rectangles = place + 8, sizes[place + 7]
+            flags = map(bool, sizes[place + 6 : place + 8])
+            fields |= zip(_BLOCK_FLAGS, flags, strict=True)
+            first, rectangles = place + 9, sizes[place + 8]
             place = first + 5 * rectangles
             starts = range(first, place, 5)
             fields["rectangles"] = tuple(tuple(sizes[at : at + 4]) for at in starts)

@@ -16,7 +16,7 @@ import torch
 from ...blockplan import BlockPlan
 from ...plan import TilePlan
 from ...tables import int_table, kept
-from ..fused_exact import leaf_backward, leaf_forward
+from ..fused_exact import leaf_backward, leaf_forward, with_positive_scale
 from .arguments import (
     LIST,
     WEIGHT,
@@ -71,6 +71,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return `out`, `lse` and which rows took the floor (int8, empty without floors)."""
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    query, scale = with_positive_scale(query, scale)
     batch, heads, rows, _ = query.shape
     views = [view_of(plan, query) for plan in plans]
     floored = query.new_empty(0, dtype=torch.int8)
@@ -215,12 +216,13 @@ class _Gradients:
         self.dq, self.dk, self.dv = (x.to(self.dtype).contiguous() for x in gradients)
         self.written = True
 
-    def owned(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `dk` and `dv`, zero at first."""
+    def owned(self, *, filled: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `dk` and `dv`, zero at first, or with any content if the caller writes it all."""
         if self.dk is None or self.dv is None:
             _, key, value = self.inputs
-            self.dk = torch.zeros(key.shape, dtype=self.dtype, device=key.device)
-            self.dv = torch.zeros(value.shape, dtype=self.dtype, device=key.device)
+            make = torch.zeros if filled else torch.empty
+            self.dk = make(key.shape, dtype=self.dtype, device=key.device)
+            self.dv = make(value.shape, dtype=self.dtype, device=key.device)
         return self.dk, self.dv
 
     def shared(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -363,7 +365,7 @@ def _block_gradients(
         return
     accumulate = sums.dk is not None
     _gradient_of_rows(query, value, view, given, sums, scatter=False)
-    dk, dv = sums.owned()
+    dk, dv = sums.owned(filled=not plan.covers_all_keys)
     batch, heads, key_heads = query.shape[0], query.shape[1], key.shape[1]
     variant = _variant(view, query, value)
     sample, rank = (

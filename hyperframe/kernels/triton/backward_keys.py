@@ -18,7 +18,9 @@ import triton.language as tl
 
 from .common import (
     LOG2_E,
+    existing_row,
     load_once,
+    load_places,
     load_rows,
     load_weights,
     seen_positions,
@@ -199,8 +201,7 @@ def backward_keys_kernel(
         next_row = tl.load(place_row_ptr + of_batch)
         next_lse = load_once(place_lse_ptr + of_batch, all_of_it, 0.0, BLOCK_M, THREADS)
         next_delta = load_once(place_delta_ptr + of_batch, all_of_it, 0.0, BLOCK_M, THREADS)
-        # places without a row hold the first row of their tile, and weigh nothing
-        row = tl.where(row < 0, -1 - row, row)
+        row = existing_row(row)  # places without a row weigh nothing
         place = block % blocks * BLOCK_M + lane
         row_tile = tile
         row_head = head
@@ -209,27 +210,13 @@ def backward_keys_kernel(
         if FORM == SAMPLED:
             row_tile = block // blocks
         query_head = row_head * GROUP + place % GROUP
-        if GROUP == 1:
-            head64 = row_head.to(tl.int64)
-            q = load_rows(
-                q_ptr + head64 * q_head, row[:, None], q_row, dim[None, :], q_ptr, num_queries, D,
-                BLOCK_D, False, WIDE,
-            )  # fmt: skip
-            grad_out = load_rows(
-                grad_out_ptr + head64 * g_head, row[:, None], g_row, dim_v[None, :], grad_out_ptr,
-                num_queries, D_V, BLOCK_DV, False, WIDE,
-            )  # fmt: skip
-        else:
-            heads64 = query_head.to(tl.int64)
-            offset = heads64 * q_head + row.to(tl.int64) * q_row
-            q = load_rows(
-                q_ptr, offset[:, None], 1, dim[None, :], q_ptr, num_queries, D, BLOCK_D, False, True
-            )
-            offset = heads64 * g_head + row.to(tl.int64) * g_row
-            grad_out = load_rows(
-                grad_out_ptr, offset[:, None], 1, dim_v[None, :], grad_out_ptr, num_queries, D_V,
-                BLOCK_DV, False, True,
-            )  # fmt: skip
+        q = load_places(
+            q_ptr, row, row_head, place, q_head, q_row, dim, num_queries, D, BLOCK_D, GROUP, WIDE
+        )
+        grad_out = load_places(
+            grad_out_ptr, row, row_head, place, g_head, g_row, dim_v, num_queries, D_V, BLOCK_DV,
+            GROUP, WIDE,
+        )  # fmt: skip
         flat_row = (batch * query_heads + query_head) * num_queries + row
         cap = lse
         if HAS_CAP:

@@ -20,8 +20,11 @@ from .common import (
     BLOCKED,
     LOG2_E,
     blocks_to_test,
+    existing,
+    existing_row,
     is_tested,
     load_keys,
+    load_places,
     load_rows,
     load_weights,
     seen_positions,
@@ -68,25 +71,27 @@ def backward_rows_kernel(
 
     # ---- the rows
     place = program % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    of_tile = ((batch * plan_heads + head) * num_tiles + tile) * place_tile + place
-    row = tl.load(place_row_ptr + of_tile, mask=place < places, other=-1)
-    is_row = row >= 0
-    row = tl.where(is_row, row, 0)
-    lse = tl.load(place_lse_ptr + of_tile, mask=place < places, other=float("inf"))
+    of_tile = ((batch * plan_heads + head) * num_tiles + tile) * place_tile
+    of_tile += tl.minimum(place, places - 1)
+    # places without a row work on the first row of their tile, weigh nothing and store nothing
+    row = tl.load(place_row_ptr + of_tile)
+    is_row = (row >= 0) & (place < places)
+    row = existing_row(row)
+    lse = tl.where(is_row, tl.load(place_lse_ptr + of_tile), float("inf"))
     query_head = head * GROUP + place % GROUP
-    head64 = query_head.to(tl.int64)
     flat_row = (batch * query_heads + query_head) * num_queries + row
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_DV)
     in_q = is_row[:, None] & (dim < D)[None, :]
-    q_offset = batch * q_batch + head64 * q_head + row.to(tl.int64) * q_row
-    q = tl.load(q_ptr + q_offset[:, None] + dim[None, :], mask=in_q, other=0.0)
-    g_offset = batch * g_batch + head64 * g_head + row.to(tl.int64) * g_row
-    grad_out = tl.load(
-        grad_out_ptr + g_offset[:, None] + dim_v[None, :],
-        mask=is_row[:, None] & (dim_v < D_V)[None, :], other=0.0,
+    q = load_places(
+        q_ptr + batch * q_batch, row, head, place, q_head, q_row, dim, num_queries, D, BLOCK_D,
+        GROUP, WIDE,
     )  # fmt: skip
-    delta = tl.load(place_delta_ptr + of_tile, mask=place < places, other=0.0)
+    grad_out = load_places(
+        grad_out_ptr + batch * g_batch, row, head, place, g_head, g_row, dim_v, num_queries, D_V,
+        BLOCK_DV, GROUP, WIDE,
+    )  # fmt: skip
+    delta = tl.load(place_delta_ptr + of_tile)
     cap = lse
     if HAS_CAP:
         cap = tl.load(cap_ptr + flat_row, mask=is_row, other=0.0).to(tl.float32) * LOG2_E
@@ -95,7 +100,7 @@ def backward_rows_kernel(
         is_floored = tl.load(floored_ptr + flat_row, mask=is_row, other=0).to(tl.int32)
     if TESTED:
         first_position = tl.min(tl.where(is_row, row, num_queries), 0) + position_offset
-        last_position = tl.max(row, 0) + position_offset
+        last_position = tl.max(tl.where(is_row, row, 0), 0) + position_offset
 
     # ---- the list
     heavy_count, band_count = 0, 0
@@ -131,7 +136,12 @@ def backward_rows_kernel(
         dk_ptr += flat_key_head * (num_keys + num_summaries) * D
         dv_ptr += flat_key_head * (num_keys + num_summaries) * D_V
 
+    targets = dq_ptr + flat_row[:, None] * D + dim[None, :]
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if ACCUMULATE:
+        # what is there is added at the start, where its loads wait together with others
+        unscale = 1.0 / tl.where(scale == 0.0, 1.0, scale)
+        dq = tl.load(targets, mask=in_q, other=0.0).to(tl.float32) * unscale
     factor = scale * LOG2_E
     if TESTED:
         tested = blocks_to_test(
@@ -141,22 +151,22 @@ def backward_rows_kernel(
     lane = tl.arange(0, BLOCK_N)
     num_rows = num_keys + num_summaries
     first_key = tl.load(index_ptr, mask=key_count > 0, other=0).to(tl.int32)
-    next_key = load_keys(index_ptr, lane, key_count, first_key, num_rows)
+    first_key = tl.maximum(first_key, 0)
+    key = existing(load_keys(index_ptr, lane, key_count), first_key, num_rows)
+    next_key = load_keys(index_ptr, lane + BLOCK_N, key_count)
     next_bias = tl.zeros([BLOCK_N], tl.float32)
     if HAS_WEIGHT:
         next_bias = load_weights(weight_ptr + lane * weight_slot, lane, key_count, BLOCK_N, THREADS)
     for start in range(0, key_count, BLOCK_N):
         slot = start + lane
-        key = next_key
         bias = next_bias
-        next_key = load_keys(index_ptr, slot + BLOCK_N, key_count, first_key, num_rows)
         k = load_rows(
             k_ptr, key[:, None], k_row, dim[None, :], summary_key_ptr, num_keys, D, BLOCK_D,
             SUMMARIES, WIDE,
         )  # fmt: skip
         v = load_rows(
-            v_ptr, key[:, None], v_row, dim_v[None, :], summary_value_ptr, num_keys, D_V, BLOCK_DV,
-            SUMMARIES, WIDE,
+            v_ptr, key[:, None], v_row, dim_v[None, :], summary_value_ptr, num_keys, D_V,
+            BLOCK_DV, SUMMARIES, WIDE,
         )  # fmt: skip
         if HAS_WEIGHT:
             later = slot + BLOCK_N
@@ -211,9 +221,8 @@ def backward_rows_kernel(
             in_v = (slot < key_count)[:, None] & (dim_v < D_V)[None, :]
             tl.atomic_add(dk_ptr + target * D + dim[None, :], dk, mask=in_k, sem="relaxed")
             tl.atomic_add(dv_ptr + target * D_V + dim_v[None, :], dv, mask=in_v, sem="relaxed")
+        key = existing(next_key, first_key, num_rows)
+        next_key = load_keys(index_ptr, slot + 2 * BLOCK_N, key_count)
 
     dq *= scale
-    targets = dq_ptr + flat_row[:, None] * D + dim[None, :]
-    if ACCUMULATE:
-        dq += tl.load(targets, mask=in_q, other=0.0).to(tl.float32)
     tl.store(targets, dq.to(dq_ptr.dtype.element_ty), mask=in_q)

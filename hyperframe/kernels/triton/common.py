@@ -170,6 +170,34 @@ def load_rows(
 
 
 @triton.jit
+def existing_row(row):
+    """Places without a row hold `-1 - f`, where `f` is the first row of their tile: return that."""
+    return tl.where(row < 0, -1 - row, row)
+
+
+@triton.jit
+def load_places(
+    ptr, row, head, place, stride_head, stride_row, dim, num_queries, SIZE: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Gather what belongs to places of a tile, as `load_rows`: `GROUP` heads share each row.
+
+    `ptr` is that of the batch item, `head` the plan head.
+    """
+    if GROUP == 1:
+        ptr += head.to(tl.int64) * stride_head
+        return load_rows(
+            ptr, row[:, None], stride_row, dim[None, :], ptr, num_queries, SIZE, BLOCK, False, WIDE
+        )
+    else:
+        query_head = (head * GROUP + place % GROUP).to(tl.int64)
+        offset = query_head * stride_head + row.to(tl.int64) * stride_row
+        return load_rows(
+            ptr, offset[:, None], 1, dim[None, :], ptr, num_queries, SIZE, BLOCK, False, True
+        )
+
+
+@triton.jit
 def load_once(ptr, used, other, COUNT: tl.constexpr, THREADS: tl.constexpr):
     """Load a short vector once, instead of once for every layout that the compiler wants it in.
 
@@ -189,12 +217,15 @@ def load_once(ptr, used, other, COUNT: tl.constexpr, THREADS: tl.constexpr):
 
 
 @triton.jit
-def load_keys(index_ptr, slot, key_count, instead, num_rows):
-    """Return the keys of some slots, `instead` where a slot is not used; each of them exists."""
-    used = slot < key_count
-    key = tl.load(index_ptr + slot, mask=used, other=0).to(tl.int32)
-    key = tl.where(used, key, instead)
-    return tl.minimum(tl.maximum(key, 0), num_rows - 1)
+def load_keys(index_ptr, slot, key_count):
+    """Return what a list says of some slots, -1 where a slot is not used."""
+    return tl.load(index_ptr + slot, mask=slot < key_count, other=-1).to(tl.int32)
+
+
+@triton.jit
+def existing(key, instead, num_rows):
+    """Return keys that exist: `instead` for negative ones, the last for those beyond the end."""
+    return tl.minimum(tl.where(key < 0, instead, key), num_rows - 1)
 
 
 @triton.jit

@@ -58,14 +58,14 @@ class Config:
 # (kernel, widest head size) -> configuration for 16-bit inputs, measured on an H100. What decides
 # is how many programs share a multiprocessor: registers are capped where that fits one more in
 _MEASURED = {
-    ("forward", 64): Config(128, 64, 8, 3, 128),
+    ("forward", 64): Config(64, 128, 4, 2, 168),
     ("forward", 128): Config(128, 64, 8, 2, 128),
     ("forward", 256): Config(64, 32, 4, 2),
     ("small forward", 64): Config(64, 128, 4, 3),
-    ("small forward", 128): Config(64, 64, 4, 2),
+    ("small forward", 128): Config(64, 64, 4, 3),
     ("small forward", 256): Config(64, 32, 4, 2),
-    ("rows", 64): Config(64, 64, 4, 2, 128),
-    ("rows", 128): Config(64, 64, 4, 2),
+    ("rows", 64): Config(128, 64, 8, 3, 128),
+    ("rows", 128): Config(128, 32, 8, 3, 128),
     ("rows", 256): Config(64, 32, 4, 2),
     ("scatter", 64): Config(64, 64, 4, 2),
     ("scatter", 128): Config(64, 32, 4, 2),

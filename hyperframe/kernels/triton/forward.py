@@ -3,7 +3,8 @@
 One program owns `BLOCK_M` rows of one tile. It gathers their queries once, walks over the tile's
 list `BLOCK_N` slots at a time, and keeps the running maximum, sum and output of every row in
 registers: the softmax of FlashAttention over gathered keys. With `MERGE` the result is merged into
-the state that is there already, so that several plans leave one state behind and no partial states.
+the state that is there already, so that several plans leave one state behind and no partial states:
+the online softmax begins with it.
 
 The keys of the next block are loaded one iteration ahead, so that the gathers of K and V, which the
 compiler pipelines, never wait for them. The elementwise test of visibility runs only in blocks
@@ -23,8 +24,10 @@ from .common import (
     LN_2,
     LOG2_E,
     blocks_to_test,
+    existing,
     is_tested,
     load_keys,
+    load_places,
     load_rows,
     load_weights,
     seen_positions,
@@ -81,11 +84,18 @@ def forward_kernel(
     flat_row = (batch * query_heads + query_head) * num_queries + row
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_DV)
-    q_offset = batch * q_batch + query_head.to(tl.int64) * q_head + row.to(tl.int64) * q_row
-    q = tl.load(
-        q_ptr + q_offset[:, None] + dim[None, :], mask=is_row[:, None] & (dim < D)[None, :],
-        other=0.0,
+    # places without a row work on row 0, and store nothing
+    q = load_places(
+        q_ptr + batch * q_batch, row, head, place, q_head, q_row, dim, num_queries, D, BLOCK_D,
+        GROUP, WIDE,
     )  # fmt: skip
+    if GROUP == 1:
+        out_ptr += batch * o_batch + head.to(tl.int64) * o_head
+        o_offset = row.to(tl.int64) * o_row
+    else:
+        o_offset = batch * o_batch + query_head.to(tl.int64) * o_head + row.to(tl.int64) * o_row
+    out_ptrs = out_ptr + o_offset[:, None] + dim_v[None, :]
+    store = is_row[:, None] & (dim_v < D_V)[None, :]
     if HAS_CAP:
         cap = tl.load(cap_ptr + flat_row, mask=is_row, other=0.0).to(tl.float32) * LOG2_E
     if TESTED:
@@ -128,7 +138,14 @@ def forward_kernel(
     sampled_sum = tl.zeros([BLOCK_M], tl.float32)
     value_top = top
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    factor = scale * LOG2_E
+    if MERGE:
+        tl.static_assert(not SPLIT, "plans of this kind stand alone")
+        # go on from the state that is there: one more key, of weight exp(lse) and value out
+        old_lse = tl.load(lse_ptr + flat_row, mask=is_row, other=float("-inf"))
+        acc = tl.load(out_ptrs, mask=store, other=0.0).to(tl.float32)
+        value_top = old_lse * LOG2_E
+        heavy_sum = tl.where(old_lse == float("-inf"), 0.0, 1.0)
+    factor = tl.maximum(scale * LOG2_E, 1e-30)  # times -inf stays -inf
     if TESTED:
         tested = blocks_to_test(
             index_ptr, key_count, band_count, first_position, last_position, left, right, num_keys,
@@ -137,15 +154,15 @@ def forward_kernel(
     lane = tl.arange(0, BLOCK_N)
     num_rows = num_keys + num_summaries
     first_key = tl.load(index_ptr, mask=key_count > 0, other=0).to(tl.int32)
-    next_key = load_keys(index_ptr, lane, key_count, first_key, num_rows)
+    first_key = tl.maximum(first_key, 0)
+    key = existing(load_keys(index_ptr, lane, key_count), first_key, num_rows)
+    next_key = load_keys(index_ptr, lane + BLOCK_N, key_count)
     next_bias = tl.zeros([BLOCK_N], tl.float32)
     if HAS_WEIGHT:
         next_bias = load_weights(weight_ptr + lane * weight_slot, lane, key_count, BLOCK_N, THREADS)
     for start in range(0, key_count, BLOCK_N):
         slot = start + lane
-        key = next_key
         bias = next_bias
-        next_key = load_keys(index_ptr, slot + BLOCK_N, key_count, first_key, num_rows)
         k = load_rows(
             k_ptr, key[:, None], k_row, dim[None, :], summary_key_ptr, num_keys, D, BLOCK_D,
             SUMMARIES, WIDE,
@@ -157,13 +174,14 @@ def forward_kernel(
             )
         elif not UNIFORM:
             bias = tl.where(slot < key_count, 0.0, float("-inf"))
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if UNIFORM:
-            logits += tl.where(start < exact_slots, 0.0, sample_weight)
             last_slot = tl.where(start < exact_slots, range_length, key_count)
             if start + BLOCK_N > last_slot:
                 logits = tl.where((slot < last_slot)[None, :], logits, float("-inf"))
-        elif not SPLIT:
+        else:
+            logits *= factor
+        if not (UNIFORM or SPLIT):
             logits += bias[None, :]
         if TESTED:
             if is_tested(tested, start // BLOCK_N, NUM_EXCLUDED):
@@ -195,20 +213,30 @@ def forward_kernel(
             heavy_sum = heavy_sum * rescale + tl.sum(tl.where(is_heavy, weights, 0.0), 1)
             sampled_sum = sampled_sum * rescale + tl.sum(tl.where(is_heavy, 0.0, weights), 1)
             top = new_top
-        new_value_top = tl.maximum(value_top, tl.max(logits, 1))
+        if UNIFORM:
+            # the factor and the one weight of the block join the shift
+            weight = tl.where(start < exact_slots, 0.0, sample_weight)
+            new_value_top = tl.maximum(value_top, tl.max(logits, 1) * factor + weight)
+        else:
+            new_value_top = tl.maximum(value_top, tl.max(logits, 1))
         # rows without a key so far: nothing but -inf, shifted by 0
         shift = tl.where(new_value_top == float("-inf"), 0.0, new_value_top)
         rescale = tl.exp2(value_top - shift)
-        weights = tl.exp2(logits - shift[:, None])
+        if UNIFORM:
+            weights = tl.exp2(logits * factor + (weight - shift)[:, None])
+        else:
+            weights = tl.exp2(logits - shift[:, None])
         if not SPLIT:
             heavy_sum = heavy_sum * rescale + tl.sum(weights, 1)
         value_top = new_value_top
         v = load_rows(
-            v_ptr, key[:, None], v_row, dim_v[None, :], summary_value_ptr, num_keys, D_V, BLOCK_DV,
-            SUMMARIES, WIDE,
+            v_ptr, key[:, None], v_row, dim_v[None, :], summary_value_ptr, num_keys, D_V,
+            BLOCK_DV, SUMMARIES, WIDE,
         )  # fmt: skip
         acc = acc * rescale[:, None]
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+        key = existing(next_key, first_key, num_rows)
+        next_key = load_keys(index_ptr, slot + 2 * BLOCK_N, key_count)
 
     # ---- the state of these rows
     if SPLIT:
@@ -234,22 +262,7 @@ def forward_kernel(
     else:
         is_empty = value_top == float("-inf")
         row_sum = tl.where(is_empty, 1.0, heavy_sum)
-        out = acc / row_sum[:, None]
+        out = acc * (1.0 / row_sum)[:, None]
         lse = (value_top + tl.log2(row_sum)) * LN_2
-    o_offset = batch * o_batch + query_head.to(tl.int64) * o_head + row.to(tl.int64) * o_row
-    out_ptrs = out_ptr + o_offset[:, None] + dim_v[None, :]
-    store = is_row[:, None] & (dim_v < D_V)[None, :]
-    if MERGE:
-        old_lse = tl.load(lse_ptr + flat_row, mask=is_row, other=float("-inf"))
-        old_out = tl.load(out_ptrs, mask=store, other=0.0).to(tl.float32)
-        final_top = tl.maximum(lse, old_lse)
-        final_top = tl.where(final_top == float("-inf"), 0.0, final_top)
-        share = tl.exp2((lse - final_top) * LOG2_E)
-        old_share = tl.exp2((old_lse - final_top) * LOG2_E)
-        total = share + old_share
-        is_empty = total == 0
-        total = tl.where(is_empty, 1.0, total)
-        lse = tl.where(is_empty, float("-inf"), final_top + tl.log2(total) * LN_2)
-        out = out * (share / total)[:, None] + old_out * (old_share / total)[:, None]
     tl.store(lse_ptr + flat_row, lse, mask=is_row)
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=store)
