@@ -1,0 +1,138 @@
+"""What the memory of a GPU allows: the gathers and additions of a plan with nothing else.
+
+Runs, for the causal plan of the suite `tiles` and for the blocks of sort_lsh (b = m = 256), kernels
+that only read the rows of K and V that the lists name (what a forward has to read), or only add to
+the float32 gradients of those keys (what a backward by tiles has to add). No attention kernel that
+works tile by tile can be faster. The milliseconds stand beside those of the attention kernels in
+docs/notes/triton.md.
+
+    python benchmarks/floors.py --out benchmarks/results/floors-h100.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from kernels import plans
+
+from hyperframe.kernels.triton.arguments import view_of
+
+
+@triton.jit
+def gather_kernel(
+    k_ptr, v_ptr, index_ptr, count_ptr, out_ptr, num_keys, num_tiles, list_slots, count_step,
+    D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add up all rows of K and V that a tile's list names: float32 `[heads, tiles, D]`."""
+    program = tl.program_id(0).to(tl.int64)
+    head = program // num_tiles
+    dim = tl.arange(0, D)
+    count = tl.load(count_ptr + program * count_step)
+    total = tl.zeros([BLOCK_N, D], tl.float32)
+    for start in range(0, count, BLOCK_N):
+        slot = start + tl.arange(0, BLOCK_N)
+        key = tl.load(index_ptr + program * list_slots + slot, mask=slot < count, other=0)
+        row = (head * num_keys + key)[:, None] * D + dim[None, :]
+        total += tl.load(k_ptr + row).to(tl.float32) + tl.load(v_ptr + row).to(tl.float32)
+    tl.store(out_ptr + program * D + dim, tl.sum(total, 0))
+
+
+@triton.jit
+def scatter_kernel(
+    dk_ptr, dv_ptr, index_ptr, count_ptr, num_keys, num_tiles, list_slots, count_step,
+    D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add 1 to all rows of dK and dV (float32) that a tile's list names."""
+    program = tl.program_id(0).to(tl.int64)
+    head = program // num_tiles
+    dim = tl.arange(0, D)
+    count = tl.load(count_ptr + program * count_step)
+    ones = tl.full([BLOCK_N, D], 1.0, tl.float32)
+    for start in range(0, count, BLOCK_N):
+        slot = start + tl.arange(0, BLOCK_N)
+        used = (slot < count)[:, None] & (dim >= 0)[None, :]
+        key = tl.load(index_ptr + program * list_slots + slot, mask=slot < count, other=0)
+        row = (head * num_keys + key)[:, None] * D + dim[None, :]
+        tl.atomic_add(dk_ptr + row, ones, mask=used, sem="relaxed")
+        tl.atomic_add(dv_ptr + row, ones, mask=used, sem="relaxed")
+
+
+def milliseconds(call: Callable[[], object], repeats: int) -> float:
+    """Return the median time of a call that launches one kernel."""
+    found = []
+    for turn in range(repeats + 2):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        if turn >= 2:
+            found.append(begin.elapsed_time(end))
+    return statistics.median(found)
+
+
+def main() -> None:
+    """Measure, print, and append the rows to a file."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--length", type=int, default=131072)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for head_dim in options.head_dims:
+        generator = torch.Generator("cuda").manual_seed(0)
+        shape = (1, options.heads, options.length, head_dim)
+        query, key, value = (
+            torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator)
+            for _ in range(3)
+        )
+        sums = [torch.zeros(shape, device="cuda") for _ in range(2)]
+        for name, plan in plans(query, key):
+            view = view_of(plan, query)
+            index, counts = view.lists["index_ptr"], view.lists["counts_ptr"]
+            programs = options.heads * view.num_tiles
+            step = counts.numel() // programs
+            out = torch.empty((programs, head_dim), device="cuda")
+            listed = int(counts.reshape(programs, step)[:, 0].sum())
+            sizes = (options.length, view.num_tiles, index.shape[-1], step)
+            gathered = (key, value, index, counts, out, *sizes)
+            scattered = (*sums, index, counts, *sizes)
+            calls: dict[str, tuple[Callable[[], object], int]] = {
+                "gather": (lambda a=gathered: gather_kernel[(programs,)](
+                    *a, D=head_dim, BLOCK_N=64, num_warps=4
+                ), 2),
+                "scatter": (lambda a=scattered: scatter_kernel[(programs,)](
+                    *a, D=head_dim, BLOCK_N=64, num_warps=4
+                ), 4),
+            }  # fmt: skip
+            for kernel, (call, width) in calls.items():
+                taken = milliseconds(call, options.repeats)
+                moved = 2 * width * head_dim * listed
+                row = {
+                    "plan": name, "kernel": kernel, "n": options.length, "heads": options.heads,
+                    "head_dim": head_dim, "ms": taken, "bytes": moved,
+                    "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+                    "triton": triton.__version__,
+                }  # fmt: skip
+                rows.append(row)
+                rate = moved / taken / 1e9
+                print(f"{head_dim:>4} {name:<7}{kernel:<8}{taken:>7.3f} ms {rate:6.2f} TB/s")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with options.out.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+if __name__ == "__main__":
+    main()
