@@ -12,6 +12,7 @@ docs/notes/triton.md.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 from collections.abc import Callable
@@ -98,7 +99,7 @@ def main() -> None:
             for _ in range(3)
         )
         sums = [torch.zeros(shape, device="cuda") for _ in range(2)]
-        for name, plan in plans(query, key):
+        for plan_name, plan in plans(query, key):
             view = view_of(plan, query)
             index, counts = view.lists["index_ptr"], view.lists["counts_ptr"]
             programs = options.heads * view.num_tiles
@@ -109,25 +110,26 @@ def main() -> None:
             gathered = (key, value, index, counts, out, *sizes)
             scattered = (*sums, index, counts, *sizes)
             calls: dict[str, tuple[Callable[[], object], int]] = {
-                "gather": (lambda a=gathered: gather_kernel[(programs,)](
-                    *a, D=head_dim, BLOCK_N=64, num_warps=4
-                ), 2),
-                "scatter": (lambda a=scattered: scatter_kernel[(programs,)](
-                    *a, D=head_dim, BLOCK_N=64, num_warps=4
-                ), 4),
+                name: (functools.partial(
+                    kernel[(programs,)], *arguments, D=head_dim, BLOCK_N=64, num_warps=4
+                ), width)
+                for name, kernel, arguments, width in (
+                    ("gather", gather_kernel, gathered, 2),
+                    ("scatter", scatter_kernel, scattered, 4),
+                )
             }  # fmt: skip
             for kernel, (call, width) in calls.items():
                 taken = milliseconds(call, options.repeats)
                 moved = 2 * width * head_dim * listed
                 row = {
-                    "plan": name, "kernel": kernel, "n": options.length, "heads": options.heads,
-                    "head_dim": head_dim, "ms": taken, "bytes": moved,
+                    "plan": plan_name, "kernel": kernel, "n": options.length,
+                    "heads": options.heads, "head_dim": head_dim, "ms": taken, "bytes": moved,
                     "device": torch.cuda.get_device_name(), "torch": torch.__version__,
                     "triton": triton.__version__,
                 }  # fmt: skip
                 rows.append(row)
                 rate = moved / taken / 1e9
-                print(f"{head_dim:>4} {name:<7}{kernel:<8}{taken:>7.3f} ms {rate:6.2f} TB/s")
+                print(f"{head_dim:>4} {plan_name:<7}{kernel:<8}{taken:>7.3f} ms {rate:6.2f} TB/s")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with options.out.open("a", encoding="utf-8") as file:
