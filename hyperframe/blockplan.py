@@ -179,6 +179,13 @@ class BlockPlan:
                     "sample_rank: not the places of the keys in sample_index; take them from "
                     "the ranks of key_order"
                 )
+            bounds = torch.tensor(self.rectangles, device=flat.device).unsqueeze(-1)
+            inside = (bounds[:, 2] <= self.sample_rank) & (self.sample_rank < bounds[:, 3])
+            if self.samples_are_own and not bool(inside.all()):
+                raise ArgumentError(
+                    "samples_are_own: a rectangle samples a key outside of its key range; leave "
+                    "it out"
+                )
         return self
 
     def to_tile_plan(self) -> TilePlan:

@@ -17,7 +17,7 @@ Needs the package `hypothesis`, which hyperframe itself does not install.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -448,7 +448,8 @@ def block_plans(
 
     made = build_level_plans([mask], sample if num_samples else None)
     assert made is not None
-    return made[0]
+    # two rectangles may share a sample here
+    return replace(made[0], samples_are_own=False)
 
 
 @st.composite

@@ -67,7 +67,7 @@ def test_the_triton_backend_agrees_with_the_torch_backend(spec: str, causal: str
         )
         lse = lse.masked_fill(torch.isinf(lse), 0)
         grads = torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v))
-        results.append([out, lse, *grads])
+        results.append([out.detach(), lse.detach(), *grads])
     for expected, found in zip(*results, strict=True):
         size = max(1.0, float(expected.abs().max()))
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * size)

@@ -16,14 +16,7 @@ from hyperframe.kernels.ops.random import (
     random_uniform,
 )
 
-pytestmark = [
-    pytest.mark.gpu,
-    # torch's own: its compiler makes an instance of the function to trace it
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
-    # the leaves of the graph were made on another stream than the one that captures it
-    pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning"),
-]
+pytestmark = pytest.mark.gpu
 
 CASES: dict[str, tuple[dict[str, Any], bool]] = {
     "sort_lsh": ({"detector": "sort_lsh(block_size=128)"}, False),

@@ -303,5 +303,6 @@ def kernel_arguments(
         "num_tiles": view.num_tiles, "tile_slots": view.tile_slots,
         "num_queries": query.shape[2], "num_keys": key.shape[2],
         "WIDE": any(is_wide(x) for x in (query, key, value)),
-        "scale": scale, "GROUP": view.group, "D": query.shape[-1], "D_V": value.shape[-1],
+        "scale": scale, "nan": float("nan"), "GROUP": view.group,
+        "D": query.shape[-1], "D_V": value.shape[-1],
     }  # fmt: skip

@@ -63,7 +63,7 @@ def backward_keys_kernel(
     counts_ptr, cap_ptr, ex_rank_ptr, ex_start_ptr, ex_stop_ptr,
     summary_key_ptr, summary_value_ptr,
     plan_heads, query_heads, key_heads, num_tiles, tile_slots, num_queries, num_keys,
-    num_summaries, num_slots, left, right, position_offset, scale, first_program,
+    num_summaries, num_slots, left, right, position_offset, scale, nan, first_program,
     parts_ptr, num_parts, part_blocks,
     GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, THREADS: tl.constexpr,
@@ -242,7 +242,7 @@ def backward_keys_kernel(
             seen = visible(
                 row[None, :], row_offset[None, :], key[:, None], low[:, None], span[:, None],
                 ex_rank_ptr, ex_start_ptr, ex_stop_ptr, num_keys, num_queries, position_offset,
-                NUM_EXCLUDED,
+                logits, nan, NUM_EXCLUDED,
             )  # fmt: skip
             by_value = tl.where(seen, by_value, 0.0)
             if SPLIT:

@@ -46,7 +46,7 @@ def backward_rows_kernel(
     counts_ptr, cap_ptr, ex_rank_ptr, ex_start_ptr, ex_stop_ptr,
     summary_key_ptr, summary_value_ptr,
     plan_heads, query_heads, key_heads, num_tiles, tile_slots, num_queries, num_keys,
-    num_summaries, exact_slots, left, right, position_offset, scale,
+    num_summaries, exact_slots, left, right, position_offset, scale, nan,
     GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, THREADS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -61,6 +61,7 @@ def backward_rows_kernel(
     # lists of blocks without weights: exact slots, then samples that all weigh the same
     UNIFORM: tl.constexpr = ROWS == BLOCKED and not HAS_WEIGHT
     TESTED: tl.constexpr = IS_CAUSAL or HAS_BAND or NUM_EXCLUDED > 0
+    ONCE: tl.constexpr = THREADS if TESTED else 0  # the test needs keys in a layout of its own
     places = tile_slots * GROUP
     blocks = tl.cdiv(places, BLOCK_M)
     program = tl.program_id(0)
@@ -152,8 +153,8 @@ def backward_rows_kernel(
     num_rows = num_keys + num_summaries
     first_key = tl.load(index_ptr, mask=key_count > 0, other=0).to(tl.int32)
     first_key = tl.maximum(first_key, 0)
-    key = existing(load_keys(index_ptr, lane, key_count), first_key, num_rows)
-    next_key = load_keys(index_ptr, lane + BLOCK_N, key_count)
+    key = existing(load_keys(index_ptr, lane, key_count, BLOCK_N, ONCE), first_key, num_rows)
+    next_key = load_keys(index_ptr, lane + BLOCK_N, key_count, BLOCK_N, ONCE)
     next_bias = tl.zeros([BLOCK_N], tl.float32)
     if HAS_WEIGHT:
         next_bias = load_weights(weight_ptr + lane * weight_slot, lane, key_count, BLOCK_N, THREADS)
@@ -201,7 +202,7 @@ def backward_rows_kernel(
                 seen = visible(
                     row[:, None], row_offset[:, None], key[None, :], low[None, :], span[None, :],
                     ex_rank_ptr, ex_start_ptr, ex_stop_ptr, num_keys, num_queries, position_offset,
-                    NUM_EXCLUDED,
+                    logits, nan, NUM_EXCLUDED,
                 )  # fmt: skip
                 by_value = tl.where(seen, by_value, 0.0)
                 if SPLIT:
@@ -222,7 +223,7 @@ def backward_rows_kernel(
             tl.atomic_add(dk_ptr + target * D + dim[None, :], dk, mask=in_k, sem="relaxed")
             tl.atomic_add(dv_ptr + target * D_V + dim_v[None, :], dv, mask=in_v, sem="relaxed")
         key = existing(next_key, first_key, num_rows)
-        next_key = load_keys(index_ptr, slot + 2 * BLOCK_N, key_count)
+        next_key = load_keys(index_ptr, slot + 2 * BLOCK_N, key_count, BLOCK_N, ONCE)
 
     dq *= scale
     tl.store(targets, dq.to(dq_ptr.dtype.element_ty), mask=in_q)

@@ -87,14 +87,18 @@ def seen_positions(
 @triton.jit
 def visible(
     row, row_offset, key, low, span, rank_ptr, start_ptr, stop_ptr, num_keys, num_queries,
-    position_offset, NUM_EXCLUDED: tl.constexpr,
+    position_offset, logits, nan, NUM_EXCLUDED: tl.constexpr,
 ):  # fmt: skip
     """Return whether rows see slots; broadcasts rows and slots.
 
     `low` and `span` are those of `seen_positions`; `row_offset` is the offset of the row's head in
     the `[batch, heads, R, n_q]` bounds of what other plans hold.
+
+    `nan` is one, and nothing is larger: adding the comparison of the logits with it changes no
+    position, but ties the test to the layout of the logits. Left to itself the compiler tests in
+    the layout of the keys and sends the mask through shared memory, for half the time of a block.
     """
-    position = row + position_offset
+    position = row + (logits > nan).to(tl.int32) + position_offset
     seen = (position - low).to(tl.uint32, bitcast=True) <= span
     real = key < num_keys
     for r in tl.static_range(NUM_EXCLUDED):
@@ -217,9 +221,15 @@ def load_once(ptr, used, other, COUNT: tl.constexpr, THREADS: tl.constexpr):
 
 
 @triton.jit
-def load_keys(index_ptr, slot, key_count):
-    """Return what a list says of some slots, -1 where a slot is not used."""
-    return tl.load(index_ptr + slot, mask=slot < key_count, other=-1).to(tl.int32)
+def load_keys(index_ptr, slot, key_count, COUNT: tl.constexpr, THREADS: tl.constexpr):
+    """Return what a list says of some slots, -1 where a slot is not used.
+
+    `THREADS` is 0 where the keys are needed in one layout only; see `load_once`.
+    """
+    if THREADS > 0:
+        return load_once(index_ptr + slot, slot < key_count, -1, COUNT, THREADS).to(tl.int32)
+    else:
+        return tl.load(index_ptr + slot, mask=slot < key_count, other=-1).to(tl.int32)
 
 
 @triton.jit

@@ -49,7 +49,7 @@ def forward_kernel(
     counts_ptr, cap_ptr, floor_ptr, ex_rank_ptr, ex_start_ptr, ex_stop_ptr,
     summary_key_ptr, summary_value_ptr,
     plan_heads, query_heads, key_heads, num_tiles, tile_slots, num_queries, num_keys,
-    num_summaries, exact_slots, left, right, position_offset, scale,
+    num_summaries, exact_slots, left, right, position_offset, scale, nan,
     GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, THREADS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -67,6 +67,7 @@ def forward_kernel(
     # lists of blocks without weights: exact slots, then samples that all weigh the same
     UNIFORM: tl.constexpr = ROWS == BLOCKED and not HAS_WEIGHT
     TESTED: tl.constexpr = IS_CAUSAL or HAS_BAND or NUM_EXCLUDED > 0
+    ONCE: tl.constexpr = THREADS if TESTED else 0  # the test needs keys in a layout of its own
     blocks = tl.cdiv(tile_slots * GROUP, BLOCK_M)
     program = tl.program_id(0)
     tile = program // blocks % num_tiles
@@ -155,8 +156,8 @@ def forward_kernel(
     num_rows = num_keys + num_summaries
     first_key = tl.load(index_ptr, mask=key_count > 0, other=0).to(tl.int32)
     first_key = tl.maximum(first_key, 0)
-    key = existing(load_keys(index_ptr, lane, key_count), first_key, num_rows)
-    next_key = load_keys(index_ptr, lane + BLOCK_N, key_count)
+    key = existing(load_keys(index_ptr, lane, key_count, BLOCK_N, ONCE), first_key, num_rows)
+    next_key = load_keys(index_ptr, lane + BLOCK_N, key_count, BLOCK_N, ONCE)
     next_bias = tl.zeros([BLOCK_N], tl.float32)
     if HAS_WEIGHT:
         next_bias = load_weights(weight_ptr + lane * weight_slot, lane, key_count, BLOCK_N, THREADS)
@@ -191,7 +192,7 @@ def forward_kernel(
                 seen = visible(
                     row[:, None], row_offset[:, None], key[None, :], low[None, :], span[None, :],
                     ex_rank_ptr, ex_start_ptr, ex_stop_ptr, num_keys, num_queries, position_offset,
-                    NUM_EXCLUDED,
+                    logits, nan, NUM_EXCLUDED,
                 )  # fmt: skip
                 logits = tl.where(seen, logits, float("-inf"))
         if SPLIT:
@@ -236,7 +237,7 @@ def forward_kernel(
         acc = acc * rescale[:, None]
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
         key = existing(next_key, first_key, num_rows)
-        next_key = load_keys(index_ptr, slot + 2 * BLOCK_N, key_count)
+        next_key = load_keys(index_ptr, slot + 2 * BLOCK_N, key_count, BLOCK_N, ONCE)
 
     # ---- the state of these rows
     if SPLIT:
