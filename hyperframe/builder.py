@@ -58,7 +58,7 @@ def build_plans(
     parts = [part.to_ranges() if isinstance(part, BlockMask) else part for part in parts]
     ordered = [part for part in parts if isinstance(part, RangeMask)]
     positional = [part for part in parts if not isinstance(part, RangeMask)]
-    needs_position = bool(positional) or not ordered or (mask.is_causal and draw is not None)
+    needs_position = len(positional) > 0 or not ordered or (mask.is_causal and draw is not None)
     plans: list[TilePlan | BlockPlan] = []
     for number, part in enumerate(ordered):
         is_last = number == len(ordered) - 1 and not needs_position
