@@ -180,8 +180,8 @@ class BlockPlan:
                     "the ranks of key_order"
                 )
             bounds = torch.tensor(self.rectangles, device=flat.device).unsqueeze(-1)
-            inside = (bounds[:, 2] <= self.sample_rank) & (self.sample_rank < bounds[:, 3])
-            if self.samples_are_own and not bool(inside.all()):
+            is_own = (bounds[:, 2] <= self.sample_rank) & (self.sample_rank < bounds[:, 3])
+            if self.samples_are_own and not bool(is_own.all()):
                 raise ArgumentError(
                     "samples_are_own: a rectangle samples a key outside of its key range; leave "
                     "it out"

@@ -111,6 +111,7 @@ def plan() -> BlockPlan:
 def test_rows_in_no_tile_are_empty_and_repeated_samples_count_twice() -> None:
     made = plan().validate()
     assert made.num_samples == 2
+    replace(made, samples_are_own=True).validate()
     expected = [
         [0, 0, 0, 0, 0],
         [0, 0, 0, 1, 2],  # key 4 is sampled twice
@@ -182,6 +183,15 @@ def changed(tensor: torch.Tensor | None, at: tuple[int, ...], value: int) -> tor
         ({"rectangles": ((1, 3, 2, 3), (3, 5, 0, 2))}, "lies outside of its rectangle"),
         ({"sample_index": changed(plan().sample_index, (0, 0, 0, 0), 3)}, "sample_rank: not the"),
         ({"sample_rank": changed(plan().sample_rank, (0, 0, 0, 0), 9)}, "sample_rank: not the"),
+        ({"covers_all_keys": True}, "covers_all_keys: the tiles hold 4 of the 5 keys"),
+        (
+            {
+                "samples_are_own": True,
+                "sample_index": changed(plan().sample_index, (0, 0, 0, 0), 1),
+                "sample_rank": changed(plan().sample_rank, (0, 0, 0, 0), 0),
+            },
+            "samples_are_own: a rectangle samples a key outside",
+        ),
     ],
 )
 def test_values_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:

@@ -301,6 +301,25 @@ def test_blocks_alone_become_a_block_plan_that_stores_no_list() -> None:
         made.validate()
 
 
+def test_uniform_samples_of_blocks_share_one_weight_and_blocks_say_what_they_hold() -> None:
+    # the kernels read one number then, instead of one for each slot
+    mask = blocks(9, 11, is_causal=False)
+    key = torch.zeros(1, 1, 11, 4)
+    draw = Uniform().draws(
+        torch.zeros(1, 2, 9, 4), key, key, num_samples=4, generator=torch.Generator()
+    )
+    (made,) = build_plans(mask, key_heads=1, draw=draw)
+    assert isinstance(made, BlockPlan)
+    assert made.sample_log_weight is not None
+    assert made.sample_log_weight.shape == (1, 1, 1, 4)
+    assert made.sample_log_weight.stride(-1) == 0
+    assert made.covers_all_keys
+    few_rows = blocks(2, 11, is_causal=False)
+    (made,) = build_plans(few_rows, key_heads=1, draw=draw)
+    assert isinstance(made, BlockPlan)
+    assert not made.validate().covers_all_keys  # some blocks have no row
+
+
 def test_blocks_with_company_or_caps_or_rows_left_out_become_tile_plans() -> None:
     mask = blocks(9, 9, is_causal=False)
     bounds = torch.zeros(1, 2, 9)

@@ -10,7 +10,13 @@ import torch
 
 from ..component import check_bool, check_positive_int
 from ..errors import ArgumentError
-from ..kernels.hashing import HashOrders, hamming_sorted_codes, hash_orders, inverse_gray
+from ..kernels.hashing import (
+    HashOrders,
+    hamming_sorted_codes,
+    hash_orders,
+    inverse_gray,
+    rounded_planes,
+)
 from ..masks import BandMask, BlockMask, HeavyMask, RangeMask, UnionMask
 from ..ragged import spread_heads
 from ..randomness import normal
@@ -94,7 +100,8 @@ class SortLSH(AbstractDetector):
             if centre:
                 # k . p > mean . p: the signs of centred keys, without a copy of the keys
                 dtype = torch.promote_types(key.dtype, torch.float32)
-                threshold = (key.mean(dim=2, dtype=dtype).unsqueeze(-1) * planes).sum(dim=-2)
+                mean = key.mean(dim=2, dtype=dtype).unsqueeze(-1)
+                threshold = (mean * rounded_planes(planes, key.dtype)).sum(dim=-2)
             orders = hash_orders(query, key, planes, runs=runs, key_threshold=threshold)
             masks.append(self._block_mask(orders, 0, everything, is_causal=is_causal))
         return UnionMask.of(*masks)
@@ -122,7 +129,8 @@ class SortLSH(AbstractDetector):
         if self.num_rounds > 1 or self.centre_keys or not levels:
             return None
         (planes,) = self._hyperplanes(key, generator)
-        orders = hash_orders(query, key, planes, runs=tuple(level.size for level in levels))
+        sizes = tuple(level.size for level in levels)
+        orders = hash_orders(query, key, planes, runs=sizes, alternate=True)
         return [
             self._block_mask(orders, number, level_rectangles(level, key.shape[2]))
             for number, level in enumerate(levels)
@@ -141,9 +149,7 @@ class SortLSH(AbstractDetector):
         *, centre: bool,
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
         """Codes of queries `[B, Hq, n_q]` and keys `[B, Hkv, n_k]`, a pair for each round."""
-        rounds = self._hyperplanes(key, generator)
-        if key.dtype == torch.float64:
-            rounds = rounds.double()
+        rounds = rounded_planes(self._hyperplanes(key, generator), key.dtype)
         if centre:
             key = key - key.mean(dim=2, keepdim=True)
         return [
@@ -155,18 +161,10 @@ class SortLSH(AbstractDetector):
         ]
 
     def _hyperplanes(self, key: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-        """Draw float32 `[rounds, B, Hkv, d, r]`, rounded to 16 bits where the keys have 16.
-
-        Then a kernel that multiplies in the inputs' dtype sees the same hyperplanes as one that
-        multiplies in float32, and every product is exact in float32: the signs are the same but
-        for the rounding of sums.
-        """
+        """Draw float32 `[rounds, B, Hkv, d, r]`."""
         batch, key_heads, _, head_dim = key.shape
         shape = (self.num_rounds, batch, key_heads, head_dim, self.num_projections)
-        planes = normal(shape, key.device, generator)
-        if key.dtype in (torch.bfloat16, torch.float16):
-            planes = planes.to(key.dtype).float()
-        return planes
+        return normal(shape, key.device, generator)
 
     def _num_blocks(self, num_keys: int) -> int:
         return -(-num_keys // self.block_size)

@@ -13,7 +13,7 @@ from ..ragged import spread_heads
 from .ops import has_triton
 from .ops import hashing as _schema  # noqa: F401  (defines the operator implemented here)
 
-__all__ = ["HashOrders", "hamming_sorted_codes", "hash_orders", "inverse_gray"]
+__all__ = ["HashOrders", "hamming_sorted_codes", "hash_orders", "inverse_gray", "rounded_planes"]
 
 
 class HashOrders(NamedTuple):
@@ -73,7 +73,7 @@ def hamming_sorted_codes(
 
 def hash_orders(
     query: torch.Tensor, key: torch.Tensor, projection: torch.Tensor, *, runs: Sequence[int],
-    key_threshold: torch.Tensor | None = None,
+    key_threshold: torch.Tensor | None = None, alternate: bool = False,
 ) -> HashOrders:  # fmt: skip
     """Sort queries and keys by their Hamming sorted LSH codes, inside runs of several sizes.
 
@@ -86,10 +86,13 @@ def hash_orders(
         key: `[B, Hkv, n_k, d]`.
         projection: float32 `[B or 1, Hkv, d, r]`, r hyperplanes for each key head, 1 to 62; query
             head h uses those of key head `h // (Hq // Hkv)`. Where query and key are of 16 bits,
-            round it to their dtype: then all implementations see the same hyperplanes.
+            it is rounded to their dtype: products are then exact in float32, and the signs are the
+            same on every device but for the rounding of sums.
         runs: run sizes, each at least 1.
         key_threshold: float32 `[B, Hkv, r]`; bit j of a key is `k . p_j > threshold_j`. None is 0,
             as for queries.
+        alternate: sort the odd runs of queries and the even runs of keys only, those that meet in
+            the rectangles of the causal recursion; rows of the others stay in their places.
 
     Returns:
         `HashOrders`. No gradient. Codes of rows that lie within rounding of a hyperplane may
@@ -116,7 +119,7 @@ def hash_orders(
         raise ArgumentError(f"hash_orders: runs={tuple(runs)} holds a size below 1")
     return HashOrders(
         *torch.ops.hyperframe.hash_orders(
-            query.detach(), key.detach(), projection.detach(), key_threshold, list(runs)
+            query.detach(), key.detach(), projection.detach(), key_threshold, list(runs), alternate
         )
     )
 
@@ -124,15 +127,16 @@ def hash_orders(
 @torch.library.impl("hyperframe::hash_orders", "default")
 def _run(
     query: torch.Tensor, key: torch.Tensor, projection: torch.Tensor,
-    key_threshold: torch.Tensor | None, runs: Sequence[int],
+    key_threshold: torch.Tensor | None, runs: Sequence[int], alternate: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    given = (query, key, projection, key_threshold, runs)
     if query.is_cuda and has_triton() and _has_matrix_instructions(query.device):
         from .triton import hashing as kernels
 
         if kernels.supports(query, key, projection, runs):
             with torch.cuda.device(query.device):
-                return kernels.triton_hash_orders(query, key, projection, key_threshold, runs)
-    return torch_hash_orders(query, key, projection, key_threshold, runs)
+                return kernels.triton_hash_orders(*given, alternate=alternate)
+    return torch_hash_orders(*given, alternate=alternate)
 
 
 def _has_matrix_instructions(device: torch.device) -> bool:
@@ -142,13 +146,13 @@ def _has_matrix_instructions(device: torch.device) -> bool:
 
 def torch_hash_orders(
     query: torch.Tensor, key: torch.Tensor, projection: torch.Tensor,
-    key_threshold: torch.Tensor | None, runs: Sequence[int],
+    key_threshold: torch.Tensor | None, runs: Sequence[int], *, alternate: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Do what `hash_orders` says, on any device, by sorting."""
     num_projections = projection.shape[-1]
     codes = []
     for x, threshold in ((query, None), (key, key_threshold)):
-        planes = projection.double() if x.dtype == torch.float64 else projection
+        planes = rounded_planes(projection, x.dtype)
         code = hamming_sorted_codes(x, spread_heads(planes, x.shape[1]), threshold)
         codes.append(code)
     query_order, key_order = (
@@ -156,18 +160,30 @@ def torch_hash_orders(
         for code in codes
     )
     key_rank = torch.empty_like(key_order)
-    for order, code in ((query_order, codes[0]), (key_order, codes[1])):
+    for order, code, parity in ((query_order, codes[0], 1), (key_order, codes[1], 0)):
         for level, run in enumerate(runs):
-            order[level] = _order(code, run, num_projections)
+            order[level] = _order(code, run, num_projections, parity if alternate else None)
     place = torch.arange(key.shape[2], dtype=torch.int32, device=key.device)
     key_rank.scatter_(-1, key_order.long(), place.expand(key_order.shape))
     return query_order, key_order, key_rank
 
 
-def _order(code: torch.Tensor, run: int, bits: int) -> torch.Tensor:
-    """Sort `[..., n]` codes of some bits stably inside runs; return the rows as int64."""
+def rounded_planes(projection: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return float32 hyperplanes as they are for inputs of a dtype; see `hash_orders`."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return projection.to(dtype).float()
+    return projection.double() if dtype == torch.float64 else projection
+
+
+def _order(code: torch.Tensor, run: int, bits: int, parity: int | None) -> torch.Tensor:
+    """Sort `[..., n]` codes of some bits stably inside runs; return the rows as int64.
+
+    With a parity, only inside runs whose number has it.
+    """
     num_rows = code.shape[-1]
     run_of_row = torch.arange(num_rows, device=code.device) // run
+    if parity is not None:
+        code = torch.where(run_of_row % 2 == parity, code, 0)
     all_bits = bits + (max(num_rows - 1, 0) // run).bit_length()
     if all_bits > 63:
         order = code.sort(dim=-1, stable=True).indices

@@ -90,10 +90,10 @@ class AbstractSampler(AbstractComponent):
         density = self._checked_density(query, key, value)
         draws = uniform((batch, heads, num_samples), key.device, generator)
         if density is None:
-            index = (draws * num_keys).long().clamp(max=num_keys - 1)
-            each = math.log(num_keys / max(1, num_samples))
-            weights = torch.full(index.shape, each, dtype=torch.float32, device=key.device)
-            return KeySample(index=index, log_weight=weights)
+            # below num_keys: rounding never takes the product of a draw of 53 bits up to it
+            index = (draws * num_keys).long()
+            weight = _uniform_weight(num_keys, num_samples, key.device)
+            return KeySample(index=index, log_weight=weight.expand(index.shape))
         density = torch.maximum(density, _SMALLEST_SHARE * density.mean(dim=-1, keepdim=True))
         density = torch.where(density.amax(dim=-1, keepdim=True) > 0, density, 1.0)
         cumulative = density.cumsum(dim=-1)
@@ -276,6 +276,14 @@ class _RectangleTable(NamedTuple):
     log_weight: torch.Tensor  # float32
     is_whole: torch.Tensor | None = None  # bool; None if all rectangles are drawn from
     whole: torch.Tensor | None = None  # int64, the keys of those that are not
+
+
+@kept
+def _uniform_weight(num_keys: int, num_samples: int, device: torch.device) -> torch.Tensor:
+    """Return the log weight of every uniform draw, float32: one number, to be expanded."""
+    # copied from the host, like every kept table: what a captured graph writes is not there before
+    # the graph runs, and a copy in a capture is refused
+    return torch.tensor(math.log(num_keys / max(1, num_samples)), dtype=torch.float32).to(device)
 
 
 @kept

@@ -13,6 +13,7 @@ from scipy.stats import binom
 
 from hyperframe.detectors.sort_lsh import SortLSH, hamming_sorted_codes, inverse_gray
 from hyperframe.errors import ArgumentError
+from hyperframe.kernels.hashing import rounded_planes
 from hyperframe.masks import BandMask, BlockMask
 from hyperframe.rectangles import Level, causal_levels, leaf_size
 
@@ -157,10 +158,11 @@ def test_hyperplanes_for_16_bit_inputs_have_16_bits_and_products_are_in_float32(
 ) -> None:
     query, key = (x.to(dtype) for x in tensors())
     detector = SortLSH(block_size=8)
-    planes = detector._hyperplanes(key, generator())
-    assert planes.dtype == torch.float32
-    assert torch.equal(planes, planes.to(dtype).float())
-    assert not torch.equal(planes, detector._hyperplanes(key.float(), generator()))
+    drawn = detector._hyperplanes(key, generator())
+    planes = rounded_planes(drawn, dtype)
+    assert planes.dtype == drawn.dtype == torch.float32
+    assert torch.equal(planes, drawn.to(dtype).float())
+    assert not torch.equal(planes, drawn)
     dense = detector.find(query, key, generator=generator()).to_dense()
     product = query.double() @ planes[0].double().repeat_interleave(2, dim=1)
     code = inverse_gray(((product > 0).long() << torch.arange(7)).sum(dim=-1))

@@ -36,12 +36,16 @@ def code_of(row: list[float], planes: list[list[float]], threshold: list[float])
     return rank
 
 
-def plain_order(codes: list[int], run: int) -> list[int]:
+def plain_order(codes: list[int], run: int, parity: int | None = None) -> list[int]:
+    if parity is not None:  # the runs of the other parity are not sorted
+        codes = [code if row // run % 2 == parity else 0 for row, code in enumerate(codes)]
     return sorted(range(len(codes)), key=lambda row: (row // run, codes[row]))  # stable
 
 
 def check(found: HashOrders, q: torch.Tensor, k: torch.Tensor, projection: torch.Tensor,
-          threshold: torch.Tensor | None, runs: tuple[int, ...]) -> None:  # fmt: skip
+          threshold: torch.Tensor | None, runs: tuple[int, ...], *,
+          alternate: bool = False) -> None:  # fmt: skip
+    odd, even = (1, 0) if alternate else (None, None)
     batch, heads, key_heads, bits = *q.shape[:2], k.shape[1], projection.shape[-1]
     projection = projection.expand(batch, -1, -1, -1)
     zeros = [0.0] * bits
@@ -50,12 +54,12 @@ def check(found: HashOrders, q: torch.Tensor, k: torch.Tensor, projection: torch
             planes = projection[b, h // (heads // key_heads)].tolist()
             codes = [code_of(row, planes, zeros) for row in q[b, h].tolist()]
             for level, run in enumerate(runs):
-                assert found.query_order[level, b, h].tolist() == plain_order(codes, run)
+                assert found.query_order[level, b, h].tolist() == plain_order(codes, run, odd)
         for h in range(key_heads):
             limit = zeros if threshold is None else threshold[b, h].tolist()
             codes = [code_of(row, projection[b, h].tolist(), limit) for row in k[b, h].tolist()]
             for level, run in enumerate(runs):
-                order = plain_order(codes, run)
+                order = plain_order(codes, run, even)
                 assert found.key_order[level, b, h].tolist() == order
                 assert [order[place] for place in found.key_rank[level, b, h]] == list(
                     range(len(order))
@@ -65,22 +69,25 @@ def check(found: HashOrders, q: torch.Tensor, k: torch.Tensor, projection: torch
 @given(
     st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 2)),
     st.tuples(st.integers(0, 20), st.integers(0, 20), st.integers(1, 4), st.integers(1, 6)),
-    st.lists(st.integers(1, 25), max_size=3), st.booleans(), st.booleans(), st.integers(0, 99),
+    st.lists(st.integers(1, 25), max_size=3), st.booleans(), st.booleans(), st.booleans(),
+    st.integers(0, 99),
 )  # fmt: skip
 def test_rows_are_sorted_by_code_and_position_inside_runs(
     heads: tuple[int, int, int], sizes: tuple[int, int, int, int], runs: list[int],
-    shared: bool, has_threshold: bool, seed: int,
+    shared: bool, has_threshold: bool, alternate: bool, seed: int,
 ) -> None:  # fmt: skip
     batch, key_heads, group = heads
     q, k, projection, threshold = inputs(
         batch, key_heads * group, key_heads, *sizes, seed=seed, shared=shared
     )
     given_threshold = threshold if has_threshold else None
-    found = hash_orders(q, k, projection, runs=tuple(runs), key_threshold=given_threshold)
+    found = hash_orders(
+        q, k, projection, runs=tuple(runs), key_threshold=given_threshold, alternate=alternate
+    )
     assert all(tensor.dtype == torch.int32 for tensor in found)
     assert found.query_order.shape == (len(runs), *q.shape[:3])
     assert found.key_order.shape == found.key_rank.shape == (len(runs), *k.shape[:3])
-    check(found, q, k, projection, given_threshold, tuple(runs))
+    check(found, q, k, projection, given_threshold, tuple(runs), alternate=alternate)
 
 
 @pytest.mark.parametrize("bits", [1, 8, 15, 16, 31, 40, 60, 62])
@@ -124,7 +131,7 @@ def test_the_operator_keeps_the_rules_of_torch() -> None:
     q, k, projection, threshold = inputs()
     for limit in (None, threshold):
         torch.library.opcheck(
-            torch.ops.hyperframe.hash_orders.default, (q, k, projection, limit, [20, 53])
+            torch.ops.hyperframe.hash_orders.default, (q, k, projection, limit, [20, 53], False)
         )
 
 

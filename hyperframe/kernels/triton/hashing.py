@@ -26,7 +26,7 @@ MAX_HEAD_DIM = 256
 COLUMNS: tl.constexpr = tl.constexpr(8)  # projections, padded: the narrowest matrix product
 
 _MIN_BUCKETS = 32  # a warp has a lane for each
-_TABLE_ROWS = 32  # histograms that the second kernel holds at once
+_TABLE_ROWS = (32, 64)  # histograms that the second kernel holds at once: for several runs, for one
 _SHORTEST_LEAF = 32  # below it, tables are larger than the rows
 _FEWEST_CHUNKS = 4096  # enough to fill a large GPU several times
 _SHORTEST_CHUNK, _LONGEST_CHUNK = 128, 1024
@@ -35,7 +35,7 @@ _SHORTEST_CHUNK, _LONGEST_CHUNK = 128, 1024
 _SIZES = (
     "num_queries", "num_keys", "query_leaf", "key_leaf", "query_leaf_chunks", "key_leaf_chunks",
     "query_chunks", "key_chunks", "flat_query_heads", "query_programs", "programs", "query_rows",
-    "key_rows", "most_runs", "levels",
+    "key_rows", "most_runs",
 )  # fmt: skip
 
 
@@ -141,6 +141,7 @@ def _first_places_kernel(
     count_ptr, first_place_ptr, runs, num_queries, num_keys, query_leaf, key_leaf,
     query_leaf_chunks, key_leaf_chunks, query_chunks, key_chunks, flat_query_heads, query_programs,
     programs, most_runs, LEVELS: tl.constexpr, BUCKETS: tl.constexpr, TABLE_ROWS: tl.constexpr,
+    ALTERNATE: tl.constexpr,
 ):  # fmt: skip
     """Write the first place of every code of every chunk; grid: (heads and runs, run sizes)."""
     flat_head, run = tl.program_id(0) // most_runs, tl.program_id(0) % most_runs
@@ -159,6 +160,9 @@ def _first_places_kernel(
     size = tl.minimum(size, num_rows).to(tl.int32)
     if run >= tl.cdiv(num_rows, size):
         return  # other run sizes have more runs
+    if ALTERNATE:
+        if (run % 2 == 1) != is_query:
+            return
     run_chunks = tl.cdiv(size, leaf) * leaf_chunks
     start = run * run_chunks
     stop = tl.minimum(start + run_chunks, chunks)
@@ -183,10 +187,10 @@ def _first_places_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _place_kernel(
-    code_ptr, rank_ptr, first_place_ptr, query_order_ptr, key_order_ptr, key_rank_ptr, levels,
+    code_ptr, rank_ptr, first_place_ptr, query_order_ptr, key_order_ptr, key_rank_ptr, runs,
     num_queries, num_keys, query_leaf, key_leaf, query_leaf_chunks, key_leaf_chunks, query_chunks,
-    key_chunks, query_programs, programs, query_rows, key_rows, BUCKETS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    key_chunks, query_programs, programs, query_rows, key_rows, LEVELS: tl.constexpr,
+    BUCKETS: tl.constexpr, CHUNK: tl.constexpr, ALTERNATE: tl.constexpr,
 ):  # fmt: skip
     """Write the orders of all run sizes, and the places of keys; grid: all chunks."""
     program = tl.program_id(0)
@@ -204,8 +208,13 @@ def _place_kernel(
     offset += tl.where(is_query, 0, query_rows)
     code = tl.load(code_ptr + offset + row, mask=inside, other=0).to(tl.int32)
     rank = tl.load(rank_ptr + offset + row, mask=inside, other=0).to(tl.int32)
-    for _ in range(levels):
-        place = rank + tl.load(first_place_ptr + code, mask=inside, other=0)
+    for level in tl.static_range(LEVELS):
+        place = row
+        is_sorted = True
+        if ALTERNATE:
+            is_sorted = (start // runs[level] % 2 == 1) == is_query
+        if is_sorted:
+            place = rank + tl.load(first_place_ptr + code, mask=inside, other=0)
         tl.store(order_ptr + place, row, mask=inside)
         tl.store(key_rank_ptr + row, place, mask=inside & (is_query == 0))
         order_ptr += stride
@@ -265,12 +274,14 @@ class HashSort:
 
     def __init__(
         self, query: torch.Tensor, key: torch.Tensor, projection: torch.Tensor,
-        key_threshold: torch.Tensor | None, runs: Sequence[int], tuning: Tuning | None = None,
+        key_threshold: torch.Tensor | None, runs: Sequence[int], tuning: Tuning | None = None, *,
+        alternate: bool = False,
     ) -> None:  # fmt: skip
         self.query, self.key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
         self.projection = projection.contiguous()
         self.key_threshold = None if key_threshold is None else key_threshold.contiguous()
         self.runs = tuple(runs)
+        self.alternate = alternate
         self.tuning = tuning or Tuning.of(query, key, runs)
         self.buckets = max(_MIN_BUCKETS, 1 << projection.shape[-1])
         # batch and heads; rows; chunks: of the queries, then of the keys
@@ -313,30 +324,34 @@ class HashSort:
     def write_first_places(self) -> None:
         """Write the first place of every code of every chunk, for each run size."""
         most_runs = max(triton.cdiv(cut.num_rows, cut.leaf) for cut in self.cuts)
+        table_rows = _TABLE_ROWS[most_runs == 1]
         _first_places_kernel[(sum(self.heads) * most_runs, len(self.runs))](
             self.count, self.first_place, self.runs, *self.sizes, self.heads[0],
             self.programs[0], sum(self.programs), most_runs, LEVELS=len(self.runs),
-            BUCKETS=self.buckets, TABLE_ROWS=_TABLE_ROWS,
+            BUCKETS=self.buckets, TABLE_ROWS=table_rows, ALTERNATE=self.alternate,
+            num_warps=8 if most_runs == 1 else 4,
         )  # fmt: skip
 
     def write_orders(self) -> None:
         """Write the orders of all run sizes."""
         _place_kernel[(sum(self.programs),)](
             self.code, self.rank, self.first_place, self.query_order, self.key_order,
-            self.key_rank, len(self.runs), *self.sizes, self.programs[0],
-            sum(self.programs), *self.rows, BUCKETS=self.buckets, CHUNK=self.tuning.chunk,
+            self.key_rank, self.runs, *self.sizes, self.programs[0],
+            sum(self.programs), *self.rows, LEVELS=len(self.runs), BUCKETS=self.buckets,
+            CHUNK=self.tuning.chunk, ALTERNATE=self.alternate,
         )  # fmt: skip
 
 
 def triton_hash_orders(
     query: torch.Tensor, key: torch.Tensor, projection: torch.Tensor,
-    key_threshold: torch.Tensor | None, runs: Sequence[int], tuning: Tuning | None = None,
+    key_threshold: torch.Tensor | None, runs: Sequence[int], tuning: Tuning | None = None, *,
+    alternate: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Do what `hyperframe.kernels.hashing.hash_orders` says, where `supports` holds.
 
     No host synchronisation; what is launched depends on shapes, strides and dtypes alone.
     """
-    sort = HashSort(query, key, projection, key_threshold, runs, tuning)
+    sort = HashSort(query, key, projection, key_threshold, runs, tuning, alternate=alternate)
     sort.write_codes()
     sort.write_first_places()
     sort.write_orders()

@@ -522,6 +522,7 @@ SETS: dict[str, Callable[[], tuple[list[Plan], int | None]]] = {
     "ordered tiles": lambda: ([ordered_plan()], None),
     "blocks": lambda: ([square_block_plan(seed=4)], None),
     "uniform blocks": lambda: ([weighing_alike(square_block_plan(seed=4))], None),
+    "all keys": lambda: ([all_keys(square_block_plan(seed=4))], None),
     "rows left out": lambda: ([some_rows(square_block_plan(seed=4))], None),
     LEAVES: lambda: ([some_rows(square_block_plan(seed=5))], 4),
     "blocks and tiles": lambda: ([square_block_plan(seed=6), ordered_plan()], None),
@@ -538,6 +539,11 @@ def ordered_plan() -> TilePlan:
         key_index=index, key_count=count, heavy_count=count, tile_size=10, num_query_heads=2,
         num_queries=20, num_keys=20, query_order=torch.where(order < 18, order, -1), disjoint=True,
     ).validate()  # fmt: skip
+
+
+def all_keys(plan: BlockPlan) -> BlockPlan:
+    """The plan, vouching that it holds every key."""
+    return replace(plan, covers_all_keys=True).validate()
 
 
 def some_rows(plan: BlockPlan) -> BlockPlan:

@@ -43,11 +43,12 @@ def inputs(
 
 def check(
     q: torch.Tensor, k: torch.Tensor, projection: torch.Tensor, threshold: torch.Tensor | None,
-    runs: tuple[int, ...], tuning: kernels.Tuning | None = SMALL,
+    runs: tuple[int, ...], tuning: kernels.Tuning | None = SMALL, *, alternate: bool = False,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Compare with the torch implementation, and with the definition of a permutation."""
-    found = kernels.triton_hash_orders(q, k, projection, threshold, runs, tuning)
-    expected = torch_hash_orders(q, k, projection, threshold, runs)
+    given = (q, k, projection, threshold, runs)
+    found = kernels.triton_hash_orders(*given, tuning, alternate=alternate)
+    expected = torch_hash_orders(*given, alternate=alternate)
     for name, ours, theirs in zip(("query", "key", "rank"), found, expected, strict=True):
         assert ours.dtype == torch.int32
         assert torch.equal(ours, theirs), name
@@ -82,6 +83,13 @@ def test_orders_are_those_of_torch(case: str, has_threshold: bool) -> None:
     sizes, runs = CASES[case]
     q, k, projection, threshold = inputs(**sizes)
     check(q, k, projection, threshold if has_threshold else None, runs)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_alternate_runs_are_sorted_alone(case: str) -> None:
+    sizes, runs = CASES[case]
+    q, k, projection, threshold = inputs(**sizes)
+    check(q, k, projection, threshold, runs, alternate=True)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
