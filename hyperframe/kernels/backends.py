@@ -83,7 +83,7 @@ def resolve_backend(
         reason = _why_not_inputs(query, value)
         if reason is not None:
             raise UnsupportedError(
-                f"backend: 'triton' {reason}; backend='torch' takes them, or convert the inputs"
+                f"backend: 'triton' {reason}; backend='torch' takes them, or change the inputs"
             )
     return name
 

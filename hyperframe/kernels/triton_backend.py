@@ -20,10 +20,13 @@ from ..state import AttentionState, merge
 from .ops import has_triton
 from .ops.attention import attend_plans
 
-__all__ = ["LARGEST_HEAD_DIM", "attend_all", "why_not", "why_not_inputs"]
+__all__ = ["LARGEST_GRID", "LARGEST_HEAD_DIM", "attend_all", "why_not", "why_not_inputs"]
 
 LARGEST_HEAD_DIM = 256
 """Widest head of query, key and value."""
+
+LARGEST_GRID = 65535
+"""Most batch items, and most query heads: each is a dimension of a CUDA grid."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -53,6 +56,9 @@ def why_not_inputs(query: torch.Tensor, value: torch.Tensor) -> str | None:
     for what, size in (("head_dim", query.shape[-1]), ("the head_dim of value", value.shape[-1])):
         if size > LARGEST_HEAD_DIM:
             return f"takes heads up to {LARGEST_HEAD_DIM} wide, and {what} is {size}"
+    for what, size in (("batch items", query.shape[0]), ("query heads", query.shape[1])):
+        if size > LARGEST_GRID:
+            return f"takes up to {LARGEST_GRID:,} {what}, and there are {size:,}"
     return None
 
 

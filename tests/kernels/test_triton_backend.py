@@ -47,7 +47,7 @@ def test_inputs_that_the_kernels_cannot_take_are_refused(
     with pytest.raises(UnsupportedError) as caught:
         attend(q, q, v, full_plan(q, q, is_causal=False), scale=1.0, backend="triton")
     message = str(caught.value)
-    expected = ["backend: 'triton'", "backend='torch' takes them", "convert the inputs", *words]
+    expected = ["backend: 'triton'", "backend='torch' takes them", "change the inputs", *words]
     assert all(word in message for word in expected), message
     # where nothing is known of the inputs there is nothing to refuse
     assert resolve_backend("triton", CPU) == "triton"
@@ -60,6 +60,18 @@ def test_every_other_dtype_and_width_is_taken(dtype: torch.dtype, width: int) ->
     q = torch.zeros(1, 1, 4, width, dtype=dtype)
     assert triton_backend.why_not_inputs(q, q) is None
     assert resolve_backend("triton", CPU, query=q, value=q) == "triton"
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("shape, what", [((65536, 1), "batch items"), ((1, 65536), "query heads")])
+def test_more_batch_items_or_heads_than_a_grid_has_are_refused(
+    shape: tuple[int, int], what: str
+) -> None:
+    q = torch.zeros((), dtype=torch.float16).expand(*shape, 4, 8)
+    with pytest.raises(UnsupportedError, match=f"up to 65,535 {what}, and there are 65,536"):
+        resolve_backend("triton", CPU, query=q, value=q)
+    fits = q[:65535, :65535]
+    assert resolve_backend("triton", CPU, query=fits, value=fits) == "triton"
 
 
 @pytest.mark.usefixtures("interpreted")

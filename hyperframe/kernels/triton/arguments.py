@@ -300,6 +300,7 @@ def kernel_arguments(
         **strides_of(value, ("v_batch", "v_head", "v_row")),
         **view.features, **view.variant, **view.lists, "table_ptr": view.order["table_ptr"],
         "plan_heads": view.plan_heads, "query_heads": query.shape[1], "key_heads": key.shape[1],
+        "heads_per_key": view.plan_heads // key.shape[1],
         "num_tiles": view.num_tiles, "tile_slots": view.tile_slots,
         "num_queries": query.shape[2], "num_keys": key.shape[2],
         "WIDE": any(is_wide(x) for x in (query, key, value)),

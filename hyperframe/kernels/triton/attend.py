@@ -94,12 +94,16 @@ def forward(
     return out, lse, floored
 
 
+def _grid(query: torch.Tensor, view: PlanView, config: Config) -> tuple[int, int, int]:
+    """Return a program for every block of rows; divisions in the kernels would delay its loads."""
+    return view.num_tiles * -(-view.places // config.block_m), view.plan_heads, query.shape[0]
+
+
 def _forward_plan(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, view: PlanView, out: torch.Tensor,
     lse: torch.Tensor, floored: torch.Tensor, scale: float, *, merge: bool,
 ) -> None:  # fmt: skip
-    programs = query.shape[0] * view.plan_heads * view.num_tiles
-    if programs == 0 or query.shape[2] == 0 or view.list_slots == 0:
+    if query.shape[0] * query.shape[2] * view.num_tiles * view.list_slots == 0:
         return  # nothing to add, and what is not covered was filled before
     given = {
         "floor_ptr": query, **kernel_arguments(view, query, key, value, scale), **view.order,
@@ -110,7 +114,7 @@ def _forward_plan(
     launch(
         forward_kernel, ("forward", merge, *_variant(view, query, value)),
         choose("forward", query, value, view.places, view.list_slots, is_plain=view.is_plain),
-        lambda config: programs * -(-view.places // config.block_m),
+        lambda config: _grid(query, view, config),
         lambda config: {**given, **config.blocks()},
     )  # fmt: skip
 
@@ -250,7 +254,6 @@ def _gradient_of_rows(
     sums: _Gradients, *, scatter: bool,
 ) -> None:  # fmt: skip
     """Add a plan's part of `dQ`, and with `scatter` its part of `dK` and `dV`."""
-    programs = query.shape[0] * view.plan_heads * view.num_tiles
     dk, dv = sums.shared() if scatter else (query, value)
     given = {
         **given, "dq_ptr": sums.dq, "dk_ptr": dk, "dv_ptr": dv, "ROWS": view.rows,
@@ -262,7 +265,7 @@ def _gradient_of_rows(
             "scatter" if scatter else "rows", query, value, view.places, view.list_slots,
             is_plain=view.is_plain,
         ),
-        lambda config: programs * -(-view.places // config.block_m),
+        lambda config: _grid(query, view, config),
         lambda config: {**given, **config.blocks()},
     )  # fmt: skip
     sums.written = True
@@ -312,7 +315,7 @@ def _tile_gradients(
 
         launch(
             backward_keys_kernel, ("listed", atomic, *_variant(view, query, value)), config,
-            lambda config: count * blocks(config)[0] * blocks(config)[1], arguments,
+            lambda config: (count * blocks(config)[0] * blocks(config)[1],), arguments,
         )  # fmt: skip
 
     if ordered:
@@ -394,7 +397,7 @@ def _block_gradients(
     launch(
         backward_keys_kernel, ("range", accumulate, *variant),
         choose("range", query, value, view.places, plan.max_keys, is_plain=True),
-        lambda config: -(-plan.max_keys // config.block_n) * view.num_tiles * batch * key_heads,
+        lambda config: (-(-plan.max_keys // config.block_n) * view.num_tiles * batch * key_heads,),
         range_arguments,
     )  # fmt: skip
     if sample is None or plan.num_samples == 0 or not plan.tile_counts:
@@ -417,7 +420,7 @@ def _block_gradients(
     launch(
         backward_keys_kernel, ("sampled", *variant),
         choose("sampled", query, value, view.places, plan.num_samples, is_plain=True),
-        lambda config: -(-plan.num_samples // config.block_n) * table.shape[0] * batch * heads,
+        lambda config: (-(-plan.num_samples // config.block_n) * table.shape[0] * batch * heads,),
         sampled_arguments,
     )  # fmt: skip
     for part, total in ((part_k, dk), (part_v, dv)):

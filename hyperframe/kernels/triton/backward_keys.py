@@ -62,7 +62,7 @@ def backward_keys_kernel(
     value_weight_ptr, vw_batch, vw_head, vw_tile, vw_slot,
     counts_ptr, cap_ptr, ex_rank_ptr, ex_start_ptr, ex_stop_ptr,
     summary_key_ptr, summary_value_ptr,
-    plan_heads, query_heads, key_heads, num_tiles, tile_slots, num_queries, num_keys,
+    plan_heads, query_heads, key_heads, heads_per_key, num_tiles, tile_slots, num_queries, num_keys,
     num_summaries, num_slots, left, right, position_offset, scale, nan, first_program,
     parts_ptr, num_parts, part_blocks,
     GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -93,17 +93,17 @@ def backward_keys_kernel(
         tile = tl.load(parts_ptr + part * 3)
         head = rest % plan_heads
         batch = (rest // plan_heads).to(tl.int64)
-        key_head = head * key_heads // plan_heads
+        key_head = head // heads_per_key
     elif FORM == RANGE:
         tile = rest % num_tiles
         key_head = rest // num_tiles % key_heads
         batch = (rest // num_tiles // key_heads).to(tl.int64)
-        head = key_head * (plan_heads // key_heads)
+        head = key_head * heads_per_key
     else:
         tile = rest % num_tiles
         head = rest // num_tiles % plan_heads
         batch = (rest // num_tiles // plan_heads).to(tl.int64)
-        key_head = head * key_heads // plan_heads
+        key_head = head // heads_per_key
     flat_key_head = batch * key_heads + key_head
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_DV)

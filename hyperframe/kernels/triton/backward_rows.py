@@ -45,7 +45,7 @@ def backward_rows_kernel(
     value_weight_ptr, vw_batch, vw_head, vw_tile, vw_slot,
     counts_ptr, cap_ptr, ex_rank_ptr, ex_start_ptr, ex_stop_ptr,
     summary_key_ptr, summary_value_ptr,
-    plan_heads, query_heads, key_heads, num_tiles, tile_slots, num_queries, num_keys,
+    plan_heads, query_heads, key_heads, heads_per_key, num_tiles, tile_slots, num_queries, num_keys,
     num_summaries, exact_slots, left, right, position_offset, scale, nan,
     GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, THREADS: tl.constexpr,
@@ -64,14 +64,13 @@ def backward_rows_kernel(
     ONCE: tl.constexpr = THREADS if TESTED else 0  # the test needs keys in a layout of its own
     places = tile_slots * GROUP
     blocks = tl.cdiv(places, BLOCK_M)
-    program = tl.program_id(0)
-    tile = program // blocks % num_tiles
-    head = program // (blocks * num_tiles) % plan_heads
-    batch = (program // (blocks * num_tiles) // plan_heads).to(tl.int64)
-    key_head = head * key_heads // plan_heads
+    tile = tl.program_id(0) // blocks
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    key_head = head // heads_per_key
 
     # ---- the rows
-    place = program % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    place = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     of_tile = ((batch * plan_heads + head) * num_tiles + tile) * place_tile
     of_tile += tl.minimum(place, places - 1)
     # places without a row work on the first row of their tile, weigh nothing and store nothing

@@ -128,7 +128,8 @@ def choose(
 
 
 def launch(
-    kernel: Any, key: tuple[Any, ...], config: Config, programs: Callable[[Config], int],
+    kernel: Any, key: tuple[Any, ...], config: Config,
+    programs: Callable[[Config], tuple[int, ...]],
     arguments: Callable[[Config], dict[str, Any]],
 ) -> Config:  # fmt: skip
     """Launch with the configuration, or with the first smaller one that the compiler accepts.
@@ -137,7 +138,7 @@ def launch(
         kernel: the jit function.
         key: what the choice depends on, beside the configuration.
         config: the one to begin with.
-        programs: the number of programs for a configuration.
+        programs: the grid for a configuration.
         arguments: the kernel's arguments for a configuration.
 
     Returns:
@@ -153,7 +154,7 @@ def launch(
             if candidate.max_registers is not None:
                 given["maxnreg"] = candidate.max_registers
         try:
-            kernel[(programs(candidate),)](**given)
+            kernel[programs(candidate)](**given)
         except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError) as error:
             last = error
             continue

@@ -48,7 +48,7 @@ def forward_kernel(
     value_weight_ptr, vw_batch, vw_head, vw_tile, vw_slot,
     counts_ptr, cap_ptr, floor_ptr, ex_rank_ptr, ex_start_ptr, ex_stop_ptr,
     summary_key_ptr, summary_value_ptr,
-    plan_heads, query_heads, key_heads, num_tiles, tile_slots, num_queries, num_keys,
+    plan_heads, query_heads, key_heads, heads_per_key, num_tiles, tile_slots, num_queries, num_keys,
     num_summaries, exact_slots, left, right, position_offset, scale, nan,
     GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, THREADS: tl.constexpr,
@@ -69,14 +69,13 @@ def forward_kernel(
     TESTED: tl.constexpr = IS_CAUSAL or HAS_BAND or NUM_EXCLUDED > 0
     ONCE: tl.constexpr = THREADS if TESTED else 0  # the test needs keys in a layout of its own
     blocks = tl.cdiv(tile_slots * GROUP, BLOCK_M)
-    program = tl.program_id(0)
-    tile = program // blocks % num_tiles
-    head = program // (blocks * num_tiles) % plan_heads
-    batch = (program // (blocks * num_tiles) // plan_heads).to(tl.int64)
-    key_head = head * key_heads // plan_heads
+    tile = tl.program_id(0) // blocks
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    key_head = head // heads_per_key
 
     # ---- the rows
-    place = program % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    place = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     order_ptr += batch * order_batch + head.to(tl.int64) * order_head
     row, is_row = tile_rows(
         place // GROUP, tile, tile_slots, order_ptr, table_ptr, num_queries, ROWS
