@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from kernels import plans
+from kernels import PLANS, plan_of
 
 from hyperframe.kernels.triton.arguments import view_of
 
@@ -99,7 +99,8 @@ def main() -> None:
             for _ in range(3)
         )
         sums = [torch.zeros(shape, device="cuda") for _ in range(2)]
-        for plan_name, plan in plans(query, key):
+        for plan_name in PLANS:
+            plan = plan_of(plan_name, query, key)
             view = view_of(plan, query)
             index, counts = view.lists["index_ptr"], view.lists["counts_ptr"]
             programs = options.heads * view.num_tiles

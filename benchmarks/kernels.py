@@ -2,19 +2,20 @@
 
 Times the launches of the forward and of the backward of two plans, one by one, by CUDA events:
 `blocks`, what sort_lsh without a mask makes (b = m = 256), and `tiles`, the causal plan of the
-suite `tiles`. One row for each kernel and configuration; the default is the configuration in use.
+suite `tiles`. One row for each kernel and configuration; the first of a kernel is the one in use.
 
     python benchmarks/kernels.py --out benchmarks/results/kernels-h100.jsonl
-    python benchmarks/kernels.py --sweep
+    python benchmarks/kernels.py --sweep --jobs 14
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
+import multiprocessing
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,36 +29,69 @@ from hyperframe.kernels.triton import attend
 from hyperframe.kernels.triton.configs import OVERRIDES, Config
 from hyperframe.randomness import Stream
 
-KERNELS = ("forward", "small forward", "rows", "range", "sampled", "scatter")
-SWEEP = [
-    Config(64, 64, 4, 2), Config(64, 64, 4, 2, 128), Config(64, 64, 4, 2, 168),
-    Config(64, 64, 4, 3), Config(64, 64, 4, 3, 168), Config(64, 32, 4, 3, 168),
-    Config(64, 128, 4, 2), Config(64, 128, 4, 3), Config(128, 64, 8, 2, 128),
-    Config(128, 64, 8, 3, 128), Config(128, 128, 8, 2),
+PLANS = {
+    "blocks": ("forward", "rows", "range", "sampled"),
+    "tiles": ("small forward", "scatter"),
+}
+"""The kernels that a plan runs, by their names in the table of `configs`."""
+
+_SHORT = 16384  # positions: enough to compile what runs at every length
+_WIDE = [
+    Config(64, 64, 4, 2), Config(64, 64, 4, 3), Config(64, 64, 4, 2, 168),
+    Config(64, 32, 4, 3, 168), Config(64, 32, 4, 2), Config(128, 64, 8, 2, 128),
+    Config(128, 32, 8, 3, 128),
 ]  # fmt: skip
+_NARROW = [
+    Config(64, 64, 4, 2, 128), Config(64, 64, 4, 3, 128), Config(64, 64, 4, 3, 168),
+    Config(64, 128, 4, 2, 168), Config(64, 128, 4, 3), Config(128, 64, 8, 3, 128),
+    Config(128, 64, 8, 2, 128), Config(64, 32, 4, 3, 168),
+]  # fmt: skip
+SWEEP = {64: _NARROW, 128: _WIDE}
+"""Configurations to try, by head size."""
 
 
-def plans(query: torch.Tensor, key: torch.Tensor) -> Iterator[tuple[str, Any]]:
-    """Return the two plans by name."""
+def plan_of(name: str, query: torch.Tensor, key: torch.Tensor) -> Any:
+    """Return one of the plans by name."""
+    if name == "tiles":
+        return tile_plan(query, key, seed=0)
     seed = Stream.of(0, query.device)
     mask = detectors.create("sort_lsh").find(query, key, generator=seed)
     draw = samplers.create("uniform").draws(query, key, key, num_samples=256, generator=seed)
     (blocks,) = build_plans(mask, key_heads=key.shape[1], draw=draw)
-    yield "blocks", blocks
-    yield "tiles", tile_plan(query, key, seed=0)
+    return blocks
 
 
-def step(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grad_out: torch.Tensor, plan: Any
-) -> None:
-    """Attend by a plan, forward and backward."""
-    scale = query.shape[-1] ** -0.5
-    out, lse, floored = attend.forward(query, key, value, [plan], None, scale)
-    attend.backward(grad_out, None, query, key, value, out, lse, floored, [plan], None, scale)
+def step_of(name: str, length: int, heads: int, head_dim: int) -> Callable[[], None]:
+    """Return a function that attends by a plan, forward and backward."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = (1, heads, length, head_dim)
+    query, key, value, grad_out = (
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator)
+        for _ in range(4)
+    )
+    plan = plan_of(name, query, key)
+    scale = head_dim**-0.5
+
+    def step() -> None:
+        out, lse, floored = attend.forward(query, key, value, [plan], None, scale)
+        attend.backward(grad_out, None, query, key, value, out, lse, floored, [plan], None, scale)
+
+    return step
 
 
-def launches(call: Callable[[], object], repeats: int) -> dict[str, tuple[float, Config]]:
-    """Return the median milliseconds of every kernel that a call launches, and what it ran with."""
+def compile_one(name: str, heads: int, head_dim: int, kernel: str, config: Config | None) -> None:
+    """Compile what a plan runs, with a configuration for one of its kernels, into the cache."""
+    if config is not None:
+        OVERRIDES[kernel, head_dim] = config
+    step_of(name, _SHORT, heads, head_dim)()
+    torch.cuda.synchronize()
+
+
+def launches(step: Callable[[], object], repeats: int) -> dict[str, tuple[float, Config]]:
+    """Return the median milliseconds of every kernel that a step launches, and what it ran with.
+
+    By the names under which `attend` launches them, which leave out how many rows a tile has.
+    """
     found: dict[str, list[tuple[Any, Any, Config]]] = {}
     launch = attend.launch
 
@@ -69,12 +103,12 @@ def launches(call: Callable[[], object], repeats: int) -> dict[str, tuple[float,
         found.setdefault(str(key[0]), []).append((start, stop, used))
         return used
 
-    call()
+    step()
     torch.cuda.synchronize()
     attend.launch = timed
     try:
         for _ in range(repeats):
-            call()
+            step()
         torch.cuda.synchronize()
     finally:
         attend.launch = launch
@@ -84,43 +118,55 @@ def launches(call: Callable[[], object], repeats: int) -> dict[str, tuple[float,
     }
 
 
+_LAUNCHED_AS = {"small forward": "forward", "scatter": "rows"}
+
+
 def main() -> None:
     """Measure, print, and append the rows to a file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--length", type=int, default=131072)
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--sweep", action="store_true", help="time other configurations too")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile beforehand")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    cases: list[tuple[str, int, str, Config | None]] = [
+        (name, head_dim, kernel, config)
+        for head_dim in options.head_dims
+        for name, kernels in PLANS.items()
+        for kernel in kernels
+        for config in (None, *(SWEEP[head_dim] if options.sweep else ()))
+    ]
+    if options.jobs > 1:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+            for future in [
+                pool.submit(compile_one, name, options.heads, head_dim, kernel, config)
+                for name, head_dim, kernel, config in cases
+            ]:
+                future.result()
     rows = []
-    for head_dim in options.head_dims:
-        generator = torch.Generator("cuda").manual_seed(0)
-        shape = (1, options.heads, options.length, head_dim)
-        query, key, value, grad_out = (
-            torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator)
-            for _ in range(4)
-        )
-        for name, plan in plans(query, key):
-            for config in [None, *(SWEEP if options.sweep else [])]:
-                OVERRIDES.clear()
-                if config is not None:
-                    OVERRIDES.update({(kernel, head_dim): config for kernel in KERNELS})
-                call = functools.partial(step, query, key, value, grad_out, plan)
-                for kernel, (milliseconds, used) in launches(call, options.repeats).items():
-                    if config is not None and used != config:
-                        continue  # the compiler refused it
-                    row = {
-                        "plan": name, "kernel": kernel, "n": options.length,
-                        "heads": options.heads, "head_dim": head_dim, "dtype": "bfloat16",
-                        "ms": milliseconds, "in_use": config is None, "config": vars(used),
-                        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-                        "triton": triton.__version__,
-                    }  # fmt: skip
-                    rows.append(row)
-                    print(f"{head_dim:>4} {name:<7}{kernel:<9}{milliseconds:>8.3f} ms  {used}",
-                          flush=True)  # fmt: skip
+    steps: dict[tuple[str, int], Callable[[], None]] = {}
+    for name, head_dim, kernel, config in cases:
+        if (name, head_dim) not in steps:
+            steps = {(name, head_dim): step_of(name, options.length, options.heads, head_dim)}
+        OVERRIDES.clear()
+        if config is not None:
+            OVERRIDES[kernel, head_dim] = config
+        found = launches(steps[name, head_dim], options.repeats)
+        milliseconds, used = found[_LAUNCHED_AS.get(kernel, kernel)]
+        if config is not None and used != config:
+            continue  # the compiler refused it
+        rows.append({
+            "plan": name, "kernel": kernel, "n": options.length, "heads": options.heads,
+            "head_dim": head_dim, "dtype": "bfloat16", "ms": milliseconds,
+            "in_use": config is None, "config": vars(used),
+            "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+            "triton": triton.__version__,
+        })  # fmt: skip
+        print(f"{head_dim:>4} {name:<7}{kernel:<14}{milliseconds:>8.3f} ms  {used}", flush=True)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with options.out.open("a", encoding="utf-8") as file:
