@@ -102,7 +102,7 @@ def main() -> None:
         for plan_name in PLANS:
             plan = plan_of(plan_name, query, key)
             view = view_of(plan, query)
-            index, counts = view.lists["index_ptr"], view.lists["counts_ptr"]
+            index, counts = view.lists["index_ptr"].contiguous(), view.lists["counts_ptr"]
             programs = options.heads * view.num_tiles
             step = counts.numel() // programs
             out = torch.empty((programs, head_dim), device="cuda")

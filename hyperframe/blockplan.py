@@ -47,8 +47,8 @@ class BlockPlan:
         sample_log_weight: float32, the same shape (expanded dimensions are welcome);
             `-log(m p_j)`, `-inf` for a slot that counts nothing.
         sample_rank: int32, the same shape: place of every sampled key in `key_order`.
-        samples_are_own: True when the maker vouches that the samples of a rectangle are keys of its
-            own range, so that no two rectangles share one.
+        samples_are_own: True when the maker vouches that no two rectangles share a key and that the
+            samples of each are keys of its own.
         covers_all_keys: True when the maker vouches that every key lies in a tile's key range.
     """
 
@@ -179,14 +179,27 @@ class BlockPlan:
                     "sample_rank: not the places of the keys in sample_index; take them from "
                     "the ranks of key_order"
                 )
-            bounds = torch.tensor(self.rectangles, device=flat.device).unsqueeze(-1)
-            is_own = (bounds[:, 2] <= self.sample_rank) & (self.sample_rank < bounds[:, 3])
-            if self.samples_are_own and not bool(is_own.all()):
-                raise ArgumentError(
-                    "samples_are_own: a rectangle samples a key outside of its key range; leave "
-                    "it out"
-                )
+        if self.samples_are_own:
+            self._check_samples()
         return self
+
+    def _check_samples(self) -> None:
+        """Check what `samples_are_own` vouches for."""
+        before = 0
+        for start, stop in sorted(places[2:] for places in self.rectangles):
+            if start < before:
+                raise ArgumentError(
+                    f"samples_are_own: two rectangles share the keys from {start}; leave it out"
+                )
+            before = stop
+        if self.sample_rank is None or not self.rectangles:
+            return
+        bounds = torch.tensor(self.rectangles, device=self.sample_rank.device).unsqueeze(-1)
+        is_own = (bounds[:, 2] <= self.sample_rank) & (self.sample_rank < bounds[:, 3])
+        if not bool(is_own.all()):
+            raise ArgumentError(
+                "samples_are_own: a rectangle samples a key outside of its key range; leave it out"
+            )
 
     def to_tile_plan(self) -> TilePlan:
         """Return the same plan with a list of keys for every tile: what other backends run.

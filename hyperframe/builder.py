@@ -58,7 +58,9 @@ def build_plans(
     parts = [part.to_ranges() if isinstance(part, BlockMask) else part for part in parts]
     ordered = [part for part in parts if isinstance(part, RangeMask)]
     positional = [part for part in parts if not isinstance(part, RangeMask)]
-    needs_position = len(positional) > 0 or not ordered or (mask.is_causal and draw is not None)
+    # (torch.compile cannot trace `bool` of a list in every version)
+    has_positional = len(positional) > 0
+    needs_position = has_positional or not ordered or (mask.is_causal and draw is not None)
     plans: list[TilePlan | BlockPlan] = []
     for number, part in enumerate(ordered):
         is_last = number == len(ordered) - 1 and not needs_position
@@ -132,7 +134,7 @@ def _block_plan(
         max_rows=tiles.max_rows, max_keys=tiles.max_keys, tile_counts=tiles.counts,
         rectangles=mask.rectangles, num_query_heads=mask.num_query_heads,
         num_queries=mask.num_queries, num_keys=mask.num_keys,
-        covers_all_keys=tiles.num_keys == mask.num_keys,
+        covers_all_keys=tiles.held_keys == mask.num_keys,
         sample_index=None if index is None else index.int(),
         sample_log_weight=None if log_weight is None else log_weight.float(),
         sample_rank=None if rank is None else rank.int(),

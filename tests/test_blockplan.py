@@ -112,6 +112,9 @@ def test_rows_in_no_tile_are_empty_and_repeated_samples_count_twice() -> None:
     made = plan().validate()
     assert made.num_samples == 2
     replace(made, samples_are_own=True).validate()
+    shared = replace(made, rectangles=((1, 3, 2, 4), (3, 5, 0, 3)), samples_are_own=True)
+    with pytest.raises(ArgumentError, match="samples_are_own: two rectangles share the keys from"):
+        shared.validate()
     expected = [
         [0, 0, 0, 0, 0],
         [0, 0, 0, 1, 2],  # key 4 is sampled twice

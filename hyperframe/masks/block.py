@@ -26,14 +26,14 @@ class BlockTiles(NamedTuple):
         max_rows: most rows of a tile.
         max_keys: most keys of a tile.
         counts: tiles of every rectangle; those of one stand together, in the rectangles' order.
-        num_keys: keys in all tiles together.
+        held_keys: keys in all tiles together.
     """
 
     table: torch.Tensor
     max_rows: int
     max_keys: int
     counts: tuple[int, ...]
-    num_keys: int
+    held_keys: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -190,8 +190,8 @@ def _tiles(rectangles: tuple[Places, ...], block_size: int, device: torch.device
     tiles = _tile_rows(rectangles, block_size)
     max_rows, max_keys = _longest(tiles)
     counts = tuple(sum(tile[4] == r for tile in tiles) for r in range(len(rectangles)))
-    num_keys = sum(tile[3] - tile[2] for tile in tiles)
-    return BlockTiles(int_table(tiles, 5, device), max_rows, max_keys, counts, num_keys)
+    held = sum(tile[3] - tile[2] for tile in tiles)
+    return BlockTiles(int_table(tiles, 5, device), max_rows, max_keys, counts, held)
 
 
 @kept
@@ -207,8 +207,8 @@ def _covering_tiles(
         for first in range(before, start, max_rows):
             tiles.append((first, min(first + max_rows, start), 0, 0, -1))
         before = stop
-    num_keys = sum(tile[3] - tile[2] for tile in tiles)
-    return BlockTiles(int_table(tiles, 5, device), max_rows, max_keys, (), num_keys)
+    held = sum(tile[3] - tile[2] for tile in tiles)
+    return BlockTiles(int_table(tiles, 5, device), max_rows, max_keys, (), held)
 
 
 def _tile_rows(

@@ -29,6 +29,7 @@ from .arguments import (
 )
 from .backward_keys import LISTED, RANGE, SAMPLED, add_samples_kernel, backward_keys_kernel
 from .backward_rows import backward_rows_kernel
+from .common import ORDERED
 from .configs import Config, choose, launch, padded
 from .forward import forward_kernel
 from .lists import delta_kernel
@@ -37,6 +38,7 @@ __all__ = ["backward", "forward"]
 
 # the kernels' own constants, as plain numbers
 _LISTED, _RANGE, _SAMPLED = LISTED.value, RANGE.value, SAMPLED.value
+_ORDERED = ORDERED.value
 _FEWEST_ROWS_BY_KEY = 256  # rows of a tile from which keys are worth a kernel of their own
 _PROGRAMS = 2048  # enough to fill a GPU
 _CHUNK_BYTES = 1 << 30  # of gradients stored by slot
@@ -128,6 +130,7 @@ def backward(
     query, key, value, grad_out = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, grad_out)
     )
+    # (any scale does here: what a row does not see is masked after the exponential)
     delta = _delta(out, grad_out, grad_lse)
     views = [view_of(plan, query) for plan in plans]
     if leaf is not None and grad_lse is not None:
@@ -221,7 +224,7 @@ class _Gradients:
         self.written = True
 
     def owned(self, *, filled: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `dk` and `dv`, zero at first, or with any content if the caller writes it all."""
+        """Return `dk` and `dv`, zero at first; not `filled`: for a caller that writes all of it."""
         if self.dk is None or self.dv is None:
             _, key, value = self.inputs
             make = torch.zeros if filled else torch.empty
@@ -289,6 +292,8 @@ def _tile_gradients(
         "rank_batch": 0, "rank_head": 0, "rank_tile": 0, "num_slots": view.list_slots,
     }  # fmt: skip
     del of_keys["exact_slots"]
+    # slots without a row in an order, or tiles without any
+    has_gaps = view.rows == _ORDERED or (view.num_tiles - 1) * view.tile_slots >= query.shape[2]
     config = choose("listed", query, value, tile_rows, view.list_slots, is_plain=view.is_plain)
     tiles = query.shape[0] * view.plan_heads * view.num_tiles
 
@@ -307,6 +312,7 @@ def _tile_gradients(
             slot_blocks, parts, part_blocks = blocks(config)
             return {
                 **of_keys, "dk_ptr": dk, "dv_ptr": dv, "FORM": _LISTED, "ATOMIC": atomic,
+                "HAS_GAPS": has_gaps,
                 "ACCUMULATE": False, "num_parts": parts, "part_blocks": part_blocks,
                 "parts_ptr": query,
                 "first_program": first * slot_blocks * parts,
@@ -314,7 +320,8 @@ def _tile_gradients(
             }  # fmt: skip
 
         launch(
-            backward_keys_kernel, ("listed", atomic, *_variant(view, query, value)), config,
+            backward_keys_kernel, ("listed", atomic, has_gaps, *_variant(view, query, value)),
+            config,
             lambda config: (count * blocks(config)[0] * blocks(config)[1],), arguments,
         )  # fmt: skip
 
@@ -390,6 +397,7 @@ def _block_gradients(
         blocks = -(-view.places // config.block_m) * (heads // key_heads)
         return {
             **of_keys, "num_slots": plan.max_keys, "dk_ptr": dk, "dv_ptr": dv, "FORM": _RANGE,
+            "HAS_GAPS": False,
             "ACCUMULATE": accumulate, "num_parts": 1, "parts_ptr": query, "part_blocks": blocks,
             "HAS_WEIGHT": False, **config.blocks(),
         }  # fmt: skip
@@ -412,7 +420,7 @@ def _block_gradients(
     def sampled_arguments(config: Config) -> dict[str, Any]:
         return {
             **of_keys, "num_slots": plan.num_samples, "dk_ptr": part_k, "dv_ptr": part_v,
-            "FORM": _SAMPLED, "ACCUMULATE": False, "num_parts": table.shape[0],
+            "FORM": _SAMPLED, "HAS_GAPS": False, "ACCUMULATE": False, "num_parts": table.shape[0],
             "parts_ptr": table, "part_blocks": 0, "HAS_WEIGHT": True,
             **config.blocks(),
         }  # fmt: skip

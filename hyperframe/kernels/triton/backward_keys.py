@@ -18,7 +18,9 @@ import triton.language as tl
 
 from .common import (
     LOG2_E,
+    existing,
     existing_row,
+    load_keys,
     load_once,
     load_places,
     load_rows,
@@ -67,9 +69,9 @@ def backward_keys_kernel(
     parts_ptr, num_parts, part_blocks,
     GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, THREADS: tl.constexpr,
-    WIDE: tl.constexpr,
-    FORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_VALUE_WEIGHT: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_FLOOR: tl.constexpr, HAS_BAND: tl.constexpr,
+    WIDE: tl.constexpr, FORM: tl.constexpr, HAS_GAPS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_VALUE_WEIGHT: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_FLOOR: tl.constexpr, HAS_BAND: tl.constexpr,
     IS_CAUSAL: tl.constexpr, NUM_EXCLUDED: tl.constexpr, SUMMARIES: tl.constexpr,
     ATOMIC: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +79,8 @@ def backward_keys_kernel(
 
     A part is `part_blocks` blocks of rows of one tile (`LISTED`), or the tiles from `parts[p, 0]`
     to `parts[p, 1]` of a rectangle `parts[p, 2]` (`SAMPLED`); `RANGE` has one part. `num_slots` is
-    the longest list or range of a tile.
+    the longest list or range of a tile. `HAS_GAPS` says that a place without a row may name a row
+    of another tile; elsewhere it names the first row of its own.
     """
     SPLIT: tl.constexpr = HAS_VALUE_WEIGHT or HAS_CAP or HAS_FLOOR
     places = tile_slots * GROUP
@@ -134,13 +137,15 @@ def backward_keys_kernel(
         index_ptr += batch * index_batch + list_head * index_head + tile64 * index_tile
         weight_ptr += batch * weight_batch + list_head * weight_head + tile64 * weight_tile
         value_weight_ptr += batch * vw_batch + list_head * vw_head + tile64 * vw_tile
-    key = tl.load(index_ptr + slot, mask=slot < key_count, other=0).to(tl.int32)
-    key = tl.minimum(tl.maximum(key, 0), num_keys + num_summaries - 1)
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + slot * weight_slot, mask=slot < key_count, other=0.0)
-        bias += weight.to(tl.float32) * LOG2_E
     used = slot < key_count
-    bias = tl.where(slot < key_count, bias, float("-inf"))
+    # slots that are not used hold the first key of the list, and weigh nothing
+    first = tl.load(index_ptr, mask=key_count > 0, other=0).to(tl.int32)
+    key = load_keys(index_ptr, slot, key_count, BLOCK_N, 0)
+    key = existing(key, first, num_keys + num_summaries)
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + slot * weight_slot, mask=used, other=0.0)
+        bias += weight.to(tl.float32) * LOG2_E
+    bias = tl.where(used, bias, float("-inf"))
     value_bias = bias
     if HAS_VALUE_WEIGHT:
         value_bias = load_weights(
@@ -150,9 +155,6 @@ def backward_keys_kernel(
     v_ptr += batch * v_batch + key_head.to(tl.int64) * v_head
     summary_key_ptr += flat_key_head * num_summaries * D
     summary_value_ptr += flat_key_head * num_summaries * D_V
-    # slots that are not used hold the first key of the list, and weigh nothing
-    first = tl.load(index_ptr, mask=key_count > 0, other=0).to(tl.int32)
-    key = tl.where(used, key, tl.minimum(tl.maximum(first, 0), num_keys + num_summaries - 1))
     k = load_rows(
         k_ptr, key[:, None], k_row, dim[None, :], summary_key_ptr, num_keys, D, BLOCK_D, SUMMARIES,
         WIDE,
@@ -201,6 +203,7 @@ def backward_keys_kernel(
         next_row = tl.load(place_row_ptr + of_batch)
         next_lse = load_once(place_lse_ptr + of_batch, all_of_it, 0.0, BLOCK_M, THREADS)
         next_delta = load_once(place_delta_ptr + of_batch, all_of_it, 0.0, BLOCK_M, THREADS)
+        is_row = row >= 0
         row = existing_row(row)  # places without a row weigh nothing
         place = block % blocks * BLOCK_M + lane
         row_tile = tile
@@ -210,13 +213,14 @@ def backward_keys_kernel(
         if FORM == SAMPLED:
             row_tile = block // blocks
         query_head = row_head * GROUP + place % GROUP
-        q = load_places(
-            q_ptr, row, row_head, place, q_head, q_row, dim, num_queries, D, BLOCK_D, GROUP, WIDE
-        )
+        q = load_places(q_ptr, row, row_head, place, q_head, q_row, dim, D, BLOCK_D, GROUP, WIDE)
         grad_out = load_places(
-            grad_out_ptr, row, row_head, place, g_head, g_row, dim_v, num_queries, D_V, BLOCK_DV,
-            GROUP, WIDE,
+            grad_out_ptr, row, row_head, place, g_head, g_row, dim_v, D_V, BLOCK_DV, GROUP, WIDE,
         )  # fmt: skip
+        if HAS_GAPS:
+            # 0 times what a foreign row holds may be NaN
+            q = tl.where(is_row[:, None], q, 0.0).to(q.dtype)
+            grad_out = tl.where(is_row[:, None], grad_out, 0.0).to(grad_out.dtype)
         flat_row = (batch * query_heads + query_head) * num_queries + row
         cap = lse
         if HAS_CAP:

@@ -23,6 +23,7 @@ from .common import (
     existing,
     existing_row,
     is_tested,
+    list_of,
     load_keys,
     load_places,
     load_rows,
@@ -73,7 +74,7 @@ def backward_rows_kernel(
     place = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     of_tile = ((batch * plan_heads + head) * num_tiles + tile) * place_tile
     of_tile += tl.minimum(place, places - 1)
-    # places without a row work on the first row of their tile, weigh nothing and store nothing
+    # places without a row work on one that exists, weigh nothing and store nothing
     row = tl.load(place_row_ptr + of_tile)
     is_row = (row >= 0) & (place < places)
     row = existing_row(row)
@@ -84,13 +85,16 @@ def backward_rows_kernel(
     dim_v = tl.arange(0, BLOCK_DV)
     in_q = is_row[:, None] & (dim < D)[None, :]
     q = load_places(
-        q_ptr + batch * q_batch, row, head, place, q_head, q_row, dim, num_queries, D, BLOCK_D,
-        GROUP, WIDE,
+        q_ptr + batch * q_batch, row, head, place, q_head, q_row, dim, D, BLOCK_D, GROUP, WIDE,
     )  # fmt: skip
     grad_out = load_places(
-        grad_out_ptr + batch * g_batch, row, head, place, g_head, g_row, dim_v, num_queries, D_V,
-        BLOCK_DV, GROUP, WIDE,
+        grad_out_ptr + batch * g_batch, row, head, place, g_head, g_row, dim_v, D_V, BLOCK_DV,
+        GROUP, WIDE,
     )  # fmt: skip
+    if SCATTER:
+        # 0 times what a foreign row holds may be NaN
+        q = tl.where(is_row[:, None], q, 0.0).to(q.dtype)
+        grad_out = tl.where(is_row[:, None], grad_out, 0.0).to(grad_out.dtype)
     delta = tl.load(place_delta_ptr + of_tile)
     cap = lse
     if HAS_CAP:
@@ -103,28 +107,14 @@ def backward_rows_kernel(
         last_position = tl.max(tl.where(is_row, row, 0), 0) + position_offset
 
     # ---- the list
-    heavy_count, band_count = 0, 0
-    if ROWS == BLOCKED:
-        list_head = key_head.to(tl.int64)
-        key_count = tl.load(counts_ptr + (batch * key_heads + key_head) * num_tiles + tile)
-        range_length = tl.load(table_ptr + tile * 5 + 3) - tl.load(table_ptr + tile * 5 + 2)
-        rectangle = tl.load(table_ptr + tile * 5 + 4)
-    else:
-        list_head = head.to(tl.int64)
-        counts = counts_ptr + ((batch * plan_heads + head) * num_tiles + tile) * 3
-        key_count = tl.load(counts)
-        heavy_count = tl.load(counts + 1)
-        band_count = tl.load(counts + 2)
-    tile64 = tile.to(tl.int64)
-    index_ptr += batch * index_batch + list_head * index_head + tile64 * index_tile
-    if UNIFORM:
-        weight_ptr += batch * weight_batch + list_head * weight_head + rectangle * weight_tile
-        sample_weight = 0.0
-        if key_count > exact_slots:
-            sample_weight = tl.load(weight_ptr).to(tl.float32) * LOG2_E
-    else:
-        weight_ptr += batch * weight_batch + list_head * weight_head + tile64 * weight_tile
-    value_weight_ptr += batch * vw_batch + list_head * vw_head + tile64 * vw_tile
+    (
+        index_ptr, weight_ptr, value_weight_ptr, key_count, heavy_count, band_count, range_length,
+        sample_weight,
+    ) = list_of(
+        index_ptr, index_batch, index_head, index_tile, weight_ptr, weight_batch, weight_head,
+        weight_tile, value_weight_ptr, vw_batch, vw_head, vw_tile, counts_ptr, table_ptr,
+        batch, head, key_head, tile, plan_heads, key_heads, num_tiles, exact_slots, ROWS, UNIFORM,
+    )  # fmt: skip
     k_ptr += batch * k_batch + key_head.to(tl.int64) * k_head
     v_ptr += batch * v_batch + key_head.to(tl.int64) * v_head
     flat_key_head = batch * key_heads + key_head
@@ -140,18 +130,18 @@ def backward_rows_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if ACCUMULATE:
         # what is there is added at the start, where its loads wait together with others
-        unscale = 1.0 / tl.where(scale == 0.0, 1.0, scale)
+        # (with a scale of 0, or as small as that, there is nothing)
+        unscale = 1.0 / tl.where(tl.abs(scale) < 1.2e-38, 1.0, scale)
         dq = tl.load(targets, mask=in_q, other=0.0).to(tl.float32) * unscale
     factor = scale * LOG2_E
+    num_rows = num_keys + num_summaries
     if TESTED:
         tested = blocks_to_test(
             index_ptr, key_count, band_count, first_position, last_position, left, right, num_keys,
-            IS_CAUSAL, HAS_BAND, BLOCK_N,
+            num_rows, IS_CAUSAL, HAS_BAND, BLOCK_N,
         )  # fmt: skip
     lane = tl.arange(0, BLOCK_N)
-    num_rows = num_keys + num_summaries
     first_key = tl.load(index_ptr, mask=key_count > 0, other=0).to(tl.int32)
-    first_key = tl.maximum(first_key, 0)
     key = existing(load_keys(index_ptr, lane, key_count, BLOCK_N, ONCE), first_key, num_rows)
     next_key = load_keys(index_ptr, lane + BLOCK_N, key_count, BLOCK_N, ONCE)
     next_bias = tl.zeros([BLOCK_N], tl.float32)

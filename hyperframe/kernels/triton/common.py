@@ -16,6 +16,8 @@ import triton.language as tl
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
+UNUSED: tl.constexpr = tl.constexpr(-0x80000000)  # instead of the key of an unused slot
+
 CONSECUTIVE: tl.constexpr = tl.constexpr(0)
 ORDERED: tl.constexpr = tl.constexpr(1)
 BLOCKED: tl.constexpr = tl.constexpr(2)
@@ -110,9 +112,52 @@ def visible(
 
 
 @triton.jit
+def list_of(
+    index_ptr, index_batch, index_head, index_tile,
+    weight_ptr, weight_batch, weight_head, weight_tile,
+    value_weight_ptr, vw_batch, vw_head, vw_tile, counts_ptr, table_ptr,
+    batch, head, key_head, tile, plan_heads, key_heads, num_tiles, exact_slots,
+    ROWS: tl.constexpr, UNIFORM: tl.constexpr,
+):  # fmt: skip
+    """Return a tile's list: pointers to keys, weights and value weights, and its counts.
+
+    The counts: used, exact and banded slots; of a blocked tile also the length of its range, and,
+    where all samples weigh the same (`UNIFORM`), that weight in units of log2.
+    """
+    if ROWS == BLOCKED:
+        list_head = key_head.to(tl.int64)
+        key_count = tl.load(counts_ptr + (batch * key_heads + key_head) * num_tiles + tile)
+        range_length = tl.load(table_ptr + tile * 5 + 3) - tl.load(table_ptr + tile * 5 + 2)
+        heavy_count = key_count * 0
+        band_count = heavy_count
+    else:
+        list_head = head.to(tl.int64)
+        counts_ptr += ((batch * plan_heads + head) * num_tiles + tile) * 3
+        key_count = tl.load(counts_ptr)
+        heavy_count = tl.load(counts_ptr + 1)
+        band_count = tl.load(counts_ptr + 2)
+        range_length = key_count
+    tile64 = tile.to(tl.int64)
+    index_ptr += batch * index_batch + list_head * index_head + tile64 * index_tile
+    weight_ptr += batch * weight_batch + list_head * weight_head
+    sample_weight = 0.0
+    if UNIFORM:
+        weight_ptr += tl.load(table_ptr + tile * 5 + 4) * weight_tile
+        if key_count > exact_slots:
+            sample_weight = tl.load(weight_ptr).to(tl.float32) * LOG2_E
+    else:
+        weight_ptr += tile64 * weight_tile
+    value_weight_ptr += batch * vw_batch + list_head * vw_head + tile64 * vw_tile
+    return (
+        index_ptr, weight_ptr, value_weight_ptr, key_count, heavy_count, band_count, range_length,
+        sample_weight,
+    )  # fmt: skip
+
+
+@triton.jit
 def blocks_to_test(
     index_ptr, key_count, band_count, first_position, last_position, left, right, num_keys,
-    IS_CAUSAL: tl.constexpr, HAS_BAND: tl.constexpr, BLOCK_N: tl.constexpr,
+    num_rows, IS_CAUSAL: tl.constexpr, HAS_BAND: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Return in which blocks of a list some row might not see some slot: bit `b` for block `b`.
 
@@ -124,6 +169,7 @@ def blocks_to_test(
     for start in range(0, tl.minimum(key_count, 63 * BLOCK_N), 8 * BLOCK_N):
         slot = start + block[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         key = tl.load(index_ptr + slot, mask=slot < key_count, other=-1).to(tl.int32)
+        key = nearest(key, num_rows)
         near = (key > first_position) & (key < num_keys)
         if HAS_BAND:
             near = (key >= first_position - left) & (key < num_keys)
@@ -175,14 +221,14 @@ def load_rows(
 
 @triton.jit
 def existing_row(row):
-    """Places without a row hold `-1 - f`, where `f` is the first row of their tile: return that."""
+    """Return the rows of places: those without one hold `-1 - f`, with a row `f` that exists."""
     return tl.where(row < 0, -1 - row, row)
 
 
 @triton.jit
 def load_places(
-    ptr, row, head, place, stride_head, stride_row, dim, num_queries, SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
+    ptr, row, head, place, stride_head, stride_row, dim, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gather what belongs to places of a tile, as `load_rows`: `GROUP` heads share each row.
 
@@ -191,14 +237,12 @@ def load_places(
     if GROUP == 1:
         ptr += head.to(tl.int64) * stride_head
         return load_rows(
-            ptr, row[:, None], stride_row, dim[None, :], ptr, num_queries, SIZE, BLOCK, False, WIDE
+            ptr, row[:, None], stride_row, dim[None, :], ptr, 0, SIZE, BLOCK, False, WIDE
         )
     else:
         query_head = (head * GROUP + place % GROUP).to(tl.int64)
         offset = query_head * stride_head + row.to(tl.int64) * stride_row
-        return load_rows(
-            ptr, offset[:, None], 1, dim[None, :], ptr, num_queries, SIZE, BLOCK, False, True
-        )
+        return load_rows(ptr, offset[:, None], 1, dim[None, :], ptr, 0, SIZE, BLOCK, False, True)
 
 
 @triton.jit
@@ -222,20 +266,26 @@ def load_once(ptr, used, other, COUNT: tl.constexpr, THREADS: tl.constexpr):
 
 @triton.jit
 def load_keys(index_ptr, slot, key_count, COUNT: tl.constexpr, THREADS: tl.constexpr):
-    """Return what a list says of some slots, -1 where a slot is not used.
+    """Return what a list says of some slots, `UNUSED` where a slot is not used.
 
     `THREADS` is 0 where the keys are needed in one layout only; see `load_once`.
     """
     if THREADS > 0:
-        return load_once(index_ptr + slot, slot < key_count, -1, COUNT, THREADS).to(tl.int32)
+        return load_once(index_ptr + slot, slot < key_count, UNUSED, COUNT, THREADS).to(tl.int32)
     else:
-        return tl.load(index_ptr + slot, mask=slot < key_count, other=-1).to(tl.int32)
+        return tl.load(index_ptr + slot, mask=slot < key_count, other=UNUSED).to(tl.int32)
+
+
+@triton.jit
+def nearest(key, num_rows):
+    """Return the nearest key that exists."""
+    return tl.minimum(tl.maximum(key, 0), num_rows - 1)
 
 
 @triton.jit
 def existing(key, instead, num_rows):
-    """Return keys that exist: `instead` for negative ones, the last for those beyond the end."""
-    return tl.minimum(tl.where(key < 0, instead, key), num_rows - 1)
+    """Return the keys of some slots: the nearest that exist, and `instead` for unused slots."""
+    return nearest(tl.where(key == UNUSED, instead, key), num_rows)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ registers: the softmax of FlashAttention over gathered keys. With `MERGE` the re
 the state that is there already, so that several plans leave one state behind and no partial states:
 the online softmax begins with it.
 
-The keys of the next block are loaded one iteration ahead, so that the gathers of K and V, which the
+The keys of a block are loaded two iterations ahead, so that the gathers of K and V, which the
 compiler pipelines, never wait for them. The elementwise test of visibility runs only in blocks
 where it can matter.
 
@@ -26,6 +26,7 @@ from .common import (
     blocks_to_test,
     existing,
     is_tested,
+    list_of,
     load_keys,
     load_places,
     load_rows,
@@ -86,8 +87,7 @@ def forward_kernel(
     dim_v = tl.arange(0, BLOCK_DV)
     # places without a row work on row 0, and store nothing
     q = load_places(
-        q_ptr + batch * q_batch, row, head, place, q_head, q_row, dim, num_queries, D, BLOCK_D,
-        GROUP, WIDE,
+        q_ptr + batch * q_batch, row, head, place, q_head, q_row, dim, D, BLOCK_D, GROUP, WIDE,
     )  # fmt: skip
     if GROUP == 1:
         out_ptr += batch * o_batch + head.to(tl.int64) * o_head
@@ -103,28 +103,14 @@ def forward_kernel(
         last_position = tl.max(tl.where(is_row, row, 0), 0) + position_offset
 
     # ---- the list
-    heavy_count, band_count = 0, 0
-    if ROWS == BLOCKED:
-        list_head = key_head.to(tl.int64)
-        key_count = tl.load(counts_ptr + (batch * key_heads + key_head) * num_tiles + tile)
-        range_length = tl.load(table_ptr + tile * 5 + 3) - tl.load(table_ptr + tile * 5 + 2)
-        rectangle = tl.load(table_ptr + tile * 5 + 4)
-    else:
-        list_head = head.to(tl.int64)
-        counts = counts_ptr + ((batch * plan_heads + head) * num_tiles + tile) * 3
-        key_count = tl.load(counts)
-        heavy_count = tl.load(counts + 1)
-        band_count = tl.load(counts + 2)
-    tile64 = tile.to(tl.int64)
-    index_ptr += batch * index_batch + list_head * index_head + tile64 * index_tile
-    if UNIFORM:
-        weight_ptr += batch * weight_batch + list_head * weight_head + rectangle * weight_tile
-        sample_weight = 0.0
-        if key_count > exact_slots:
-            sample_weight = tl.load(weight_ptr).to(tl.float32) * LOG2_E
-    else:
-        weight_ptr += batch * weight_batch + list_head * weight_head + tile64 * weight_tile
-    value_weight_ptr += batch * vw_batch + list_head * vw_head + tile64 * vw_tile
+    (
+        index_ptr, weight_ptr, value_weight_ptr, key_count, heavy_count, band_count, range_length,
+        sample_weight,
+    ) = list_of(
+        index_ptr, index_batch, index_head, index_tile, weight_ptr, weight_batch, weight_head,
+        weight_tile, value_weight_ptr, vw_batch, vw_head, vw_tile, counts_ptr, table_ptr,
+        batch, head, key_head, tile, plan_heads, key_heads, num_tiles, exact_slots, ROWS, UNIFORM,
+    )  # fmt: skip
     k_ptr += batch * k_batch + key_head.to(tl.int64) * k_head
     v_ptr += batch * v_batch + key_head.to(tl.int64) * v_head
     flat_key_head = batch * key_heads + key_head
@@ -145,16 +131,15 @@ def forward_kernel(
         acc = tl.load(out_ptrs, mask=store, other=0.0).to(tl.float32)
         value_top = old_lse * LOG2_E
         heavy_sum = tl.where(old_lse == float("-inf"), 0.0, 1.0)
-    factor = tl.maximum(scale * LOG2_E, 1e-30)  # times -inf stays -inf
+    factor = tl.maximum(scale * LOG2_E, 1.2e-38)  # not 0: times -inf stays -inf
+    num_rows = num_keys + num_summaries
     if TESTED:
         tested = blocks_to_test(
             index_ptr, key_count, band_count, first_position, last_position, left, right, num_keys,
-            IS_CAUSAL, HAS_BAND, BLOCK_N,
+            num_rows, IS_CAUSAL, HAS_BAND, BLOCK_N,
         )  # fmt: skip
     lane = tl.arange(0, BLOCK_N)
-    num_rows = num_keys + num_summaries
     first_key = tl.load(index_ptr, mask=key_count > 0, other=0).to(tl.int32)
-    first_key = tl.maximum(first_key, 0)
     key = existing(load_keys(index_ptr, lane, key_count, BLOCK_N, ONCE), first_key, num_rows)
     next_key = load_keys(index_ptr, lane + BLOCK_N, key_count, BLOCK_N, ONCE)
     next_bias = tl.zeros([BLOCK_N], tl.float32)

@@ -479,7 +479,7 @@ def test_any_head_size_is_taken(d: int, d_v: int) -> None:
         compare(inputs, square_block_plan(seed=2))
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.6])
+@pytest.mark.parametrize("scale", [0.0, -0.6, 1e-36])
 def test_any_scale_is_taken(scale: float) -> None:
     inputs = drawn_inputs(2, 1, 20, 20)
     for plan, leaf in ((leaf_plan(SMALL, 11), None), (square_block_plan(seed=3), 4)):

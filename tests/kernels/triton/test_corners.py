@@ -130,3 +130,56 @@ def test_rectangles_may_sample_the_same_keys() -> None:
         strict=True,
     ):
         torch.testing.assert_close(state, other, rtol=1e-4, atol=1e-5)
+
+
+# rows of tiles: a place without one, and a tile without any
+GAPS = {
+    "an empty first place": {
+        "query_order": torch.tensor([[[*range(10), -1, *range(10, 19)]] * 2]),
+    },
+    "a tile without rows": {"tile_size": 20},
+}
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # the interpreter's maximum
+@pytest.mark.parametrize("is_deterministic", [False, True])
+@pytest.mark.parametrize("name", GAPS)
+def test_what_a_row_holds_reaches_no_key_that_it_does_not_attend_to(
+    name: str, is_deterministic: bool
+) -> None:
+    tensors = inputs(num_keys=24)
+    tensors[0][:, :, 0] = torch.nan
+    index = torch.arange(16, device=DEVICE).view(1, 1, 2, 8).expand(1, 2, -1, -1)
+    changes = {key: x.to(DEVICE) if isinstance(x, torch.Tensor) else x
+               for key, x in GAPS[name].items()}  # fmt: skip
+    plan = tile_plan(key_index=index, **changes)
+    tensors = [x.requires_grad_() for x in tensors]
+    with deterministic_algorithms(is_deterministic):
+        state = triton_backend.attend_all(*tensors, [plan], scale=0.3)
+        grads = torch.autograd.grad(state.out, tensors, torch.ones_like(state.out))
+    for grad in grads[1:]:
+        assert grad[:, :, :8].isnan().all()  # the list of the tile of row 0
+        assert not grad[:, :, 8:].isnan().any()
+
+
+@pytest.mark.parametrize("rows", [20, 300])
+@pytest.mark.parametrize("is_deterministic", [False, True])
+def test_a_negative_index_is_the_first_key_forward_and_backward(
+    rows: int, is_deterministic: bool
+) -> None:
+    _, k, v = inputs()
+    q = torch.randn((1, 4, rows, 16), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    found = []
+    for second in (-3, 0):
+        index = torch.tensor([5, second, 2], device=DEVICE).expand(1, 2, 1, -1)
+        count = torch.full((1, 2, 1), 3, device=DEVICE)
+        plan = tile_plan(
+            key_index=index, key_count=count, heavy_count=count, tile_size=rows, num_queries=rows
+        )
+        tensors = [x.clone().requires_grad_() for x in (q, k, v)]
+        with deterministic_algorithms(is_deterministic):
+            state = triton_backend.attend_all(*tensors, [plan], scale=0.3)
+            grads = torch.autograd.grad(state.out, tensors, torch.ones_like(state.out))
+        found.append([state.out.detach(), state.lse.detach(), *grads])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
