@@ -177,19 +177,21 @@ class Pipeline:
     ) -> AttentionState | None:  # fmt: skip
         """Attend in all leaves and rectangles of the recursion at once, if all parts allow it.
 
-        The detector has to find all levels at once, and nothing else may depend on one rectangle:
-        samples are uniform, the row sums those of the plans.
+        The detector has to find all levels at once, the sampler to draw for all of them at once,
+        and the row sums have to be those of the plans.
         """
         sampler = self.sampler
         if self.strict_causal or type(self.estimator).rule is not UniformEstimator.rule:
             return None
-        if self.num_samples and not isinstance(sampler, UniformSampler):
+        # asked first: a detector that found the levels in vain would have taken draws
+        own_draw = type(sampler).sample_rectangles is not AbstractSampler.sample_rectangles
+        if self.num_samples and not (own_draw or isinstance(sampler, UniformSampler)):
             return None
 
         def draw(rectangles: tuple[Places, ...]) -> KeySample | None:
             return sampler.sample_rectangles(
                 query, key, value, num_samples=self.num_samples, rectangles=rectangles,
-                generator=self.generator,
+                generator=self.generator, scale=self.scale,
             )  # fmt: skip
 
         with torch.no_grad():
@@ -238,8 +240,9 @@ class Pipeline:
             generator=self.generator,
         )  # fmt: skip
         draw = self.sampler.draws(
-            query, key, value, num_samples=self.num_samples, generator=self.generator
-        )
+            query, key, value, num_samples=self.num_samples, generator=self.generator,
+            scale=self.scale,
+        )  # fmt: skip
         plans = build_plans(mask, key_heads=key.shape[1], draw=draw, rule=rule)
         self._count(plans, key.shape[1])
         state = attend_all(query, key, value, plans, scale=self.scale, backend=self.backend)

@@ -7,7 +7,9 @@ from .base import AbstractSampler
 __all__ = ["AbstractSampler", "create", "entries", "names", "register", "registry", "to_spec"]
 
 _BUILTINS = {
+    "importance": ".samplers.importance:Importance",
     "row_norm": ".samplers.row_norm:RowNorm",
+    "stratified": ".samplers.stratified:Stratified",
     "uniform": ".samplers.uniform:Uniform",
 }
 

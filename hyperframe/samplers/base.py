@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import functools
+import inspect
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 
@@ -14,8 +16,8 @@ from ..errors import ArgumentError
 from ..randomness import check_generator, uniform, with_generator
 from ..rectangles import Places
 from ..samples import KeySample, SampleDraw
-from ..tables import int_table, kept
 from ..validation import check_inputs
+from .places import rectangle_table, uniform_weight, whole_where_short
 
 __all__ = ["AbstractSampler"]
 
@@ -25,6 +27,9 @@ _SMALLEST_SHARE = 1e-2
 @dataclass(frozen=True, kw_only=True)
 class AbstractSampler(AbstractComponent):
     """Base of every sampler: a frozen dataclass with one method, `density`.
+
+    Every method is called with `scale`, the factor of the logits. A method that was written without
+    such an argument is called without.
 
     Draws are independent, by inversion of the cumulative density, and weighted by
     `-log(m p_j)`. So that every column can be drawn and no weight is far above `100 n / m`,
@@ -43,33 +48,42 @@ class AbstractSampler(AbstractComponent):
     takes_stream: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """See to the source of draws where a subclass draws in a way of its own."""
+        """See to scale and source of draws where a subclass draws in a way of its own."""
         super().__init_subclass__(**kwargs)
+        if "density" in cls.__dict__:
+            setattr(cls, "density", _with_scale(cls.density))  # noqa: B010
         for name in ("sample", "sample_prefixes", "sample_rectangles", "draws"):
             method = cls.__dict__.get(name)
             if method is not None:
-                setattr(cls, name, with_generator(method))
+                setattr(cls, name, with_generator(_with_scale(method)))
                 cls.takes_stream = cls.__dict__.get("takes_stream", False)
+        own = {"density", "sample", "draws"} & cls.__dict__.keys()
+        if own and "sample_rectangles" not in cls.__dict__:
+            # what a parent draws for all rectangles is not what this class draws for one
+            cls.sample_rectangles = AbstractSampler.sample_rectangles  # type: ignore[method-assign]
 
     @abstractmethod
     def density(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor | None:
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *,
+        scale: float | None = None,
+    ) -> torch.Tensor | None:  # fmt: skip
         """Return how likely each key is to be drawn, up to a factor.
 
         Args:
             query: `[batch, query_heads, n_q, d]`.
             key: `[batch, key_heads, n_k, d]`.
             value: `[batch, key_heads, n_k, d_v]`.
+            scale: factor of the logits; None is `1 / sqrt(d)`.
 
         Returns:
             Not negative, finite, floating point `[batch, key_heads, n_k]`, or None for the
-            uniform density. Entry `j` must not depend on keys or values after `j`.
+            uniform density. Entry `j` must not depend on keys or values after `j`, unless the
+            sampler has a `sample_prefixes` of its own that makes no use of it.
         """
 
     def sample(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, num_samples: int,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | None = None, scale: float | None = None,
     ) -> KeySample:  # fmt: skip
         """Draw `num_samples` keys for every key head, with replacement.
 
@@ -79,6 +93,7 @@ class AbstractSampler(AbstractComponent):
             value: as in `density`.
             num_samples: number of draws `m`.
             generator: source of the draws.
+            scale: as in `density`.
 
         Returns:
             `index` int64 and `log_weight` float32, both `[batch, key_heads, m]`.
@@ -87,12 +102,12 @@ class AbstractSampler(AbstractComponent):
         check_inputs(query, key, value)
         check_generator(generator)
         batch, heads, num_keys = key.shape[:3]
-        density = self._checked_density(query, key, value)
+        density = self._checked_density(query, key, value, scale)
         draws = uniform((batch, heads, num_samples), key.device, generator)
         if density is None:
             # below num_keys: rounding never takes the product of a draw of 53 bits up to it
             index = (draws * num_keys).long()
-            weight = _uniform_weight(num_keys, num_samples, key.device)
+            weight = uniform_weight(num_keys, num_samples, key.device)
             return KeySample(index=index, log_weight=weight.expand(index.shape))
         density = torch.maximum(density, _SMALLEST_SHARE * density.mean(dim=-1, keepdim=True))
         density = torch.where(density.amax(dim=-1, keepdim=True) > 0, density, 1.0)
@@ -106,6 +121,7 @@ class AbstractSampler(AbstractComponent):
     def sample_prefixes(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, num_samples: int,
         prefixes: torch.Tensor, generator: torch.Generator | None = None,
+        scale: float | None = None,
     ) -> KeySample:  # fmt: skip
         """Draw a sample of each of several prefixes of the keys.
 
@@ -122,6 +138,7 @@ class AbstractSampler(AbstractComponent):
             prefixes: int64 `[tiles]`, ascending lengths; the rows of a tile see more keys than
                 the prefix of the tile before it (of the first tile: than `n_k - n_q`).
             generator: source of the draws.
+            scale: as in `density`.
 
         Returns:
             `index` int64 and `log_weight` float32, both `[batch, key_heads, tiles, m]`.
@@ -130,7 +147,7 @@ class AbstractSampler(AbstractComponent):
         check_inputs(query, key, value)
         check_generator(generator)
         batch, heads, num_keys = key.shape[:3]
-        density = self._checked_density(query, key, value)
+        density = self._checked_density(query, key, value, scale)
         shape = (batch, heads, len(prefixes), num_samples)
         draws = uniform(shape, key.device, generator)
         length = prefixes.clamp(min=1, max=num_keys).unsqueeze(-1)  # [T, 1]
@@ -160,20 +177,18 @@ class AbstractSampler(AbstractComponent):
             gain = share * density_at / total.clamp(min=1e-300) + (seen - share) / seen.clamp(min=1)
             gain = torch.where(index < seen, gain, 1.0)
             log_weight = torch.log(length / max(1, num_samples)) - torch.log(gain)
-        slot = torch.arange(num_samples, device=key.device)
-        is_whole = prefixes.unsqueeze(-1) <= num_samples
-        whole_weight = torch.where(slot < prefixes.unsqueeze(-1), 0.0, float("-inf"))
-        index = torch.where(is_whole, slot.clamp(max=num_keys - 1), index)
-        log_weight = torch.where(is_whole, whole_weight, log_weight.float())
-        return KeySample(index=index, log_weight=log_weight)
+        return whole_where_short(index, log_weight, prefixes, num_keys)
 
     def sample_rectangles(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, num_samples: int,
         rectangles: tuple[Places, ...], generator: torch.Generator | None = None,
+        scale: float | None = None,
     ) -> KeySample | None:  # fmt: skip
         """Draw a sample of the keys of each of several rectangles, if they are drawn uniformly.
 
-        A rectangle of at most `num_samples` keys is taken whole, every key once with weight 1.
+        A sampler that can draw for all rectangles at once in a way of its own overrides this; the
+        causal recursion then attends in all levels at once where the detector can, too. A rectangle
+        of at most `num_samples` keys is taken whole, every key once with weight 1.
 
         Args:
             query: as in `density`.
@@ -182,17 +197,19 @@ class AbstractSampler(AbstractComponent):
             num_samples: number of draws `m` for each rectangle, at least 1.
             rectangles: `(query_start, query_stop, key_start, key_stop)` positions of each.
             generator: source of the draws.
+            scale: as in `density`.
 
         Returns:
             `index` int64 and `log_weight` float32, both `[batch, key_heads, rectangles, m]`; None
-            for a sampler that has a density or draws in a way of its own.
+            for a sampler that has a density or draws in a way of its own. (A class that overrides
+            `density`, `sample` or `draws` does not inherit the method of its parent.)
         """
         own = (type(self).sample, type(self).draws)
         if own != (AbstractSampler.sample, AbstractSampler.draws):
             return None
-        if self._checked_density(query, key, value) is not None:
+        if self._checked_density(query, key, value, scale) is not None:
             return None
-        table = _rectangle_table(rectangles, num_samples, key.device)
+        table = rectangle_table(rectangles, num_samples, key.device)
         shape = (*key.shape[:2], len(rectangles), num_samples)
         index = (uniform(shape, key.device, generator) * table.length).long() + table.start
         if table.is_whole is not None and table.whole is not None:
@@ -200,10 +217,10 @@ class AbstractSampler(AbstractComponent):
         return KeySample(index=index, log_weight=table.log_weight.expand(shape))
 
     def _checked_density(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
     ) -> torch.Tensor | None:
         with torch.no_grad():
-            density = self.density(query, key, value)
+            density = self.density(query, key, value, scale=scale)
         if density is None:
             return None
         if density.shape != key.shape[:3] or not density.is_floating_point():
@@ -222,7 +239,7 @@ class AbstractSampler(AbstractComponent):
 
     def draws(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, num_samples: int,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | None = None, scale: float | None = None,
     ) -> SampleDraw | None:  # fmt: skip
         """Return the function by which `build_plans` draws the residual; None for no samples.
 
@@ -234,6 +251,7 @@ class AbstractSampler(AbstractComponent):
             value: as in `density`.
             num_samples: number of draws `m`.
             generator: source of the draws.
+            scale: as in `density`.
         """
         if num_samples == 0:
             return None
@@ -243,14 +261,14 @@ class AbstractSampler(AbstractComponent):
             if prefixes is not None:
                 sample = self.sample_prefixes(
                     query, key, value, num_samples=num_samples, prefixes=prefixes,
-                    generator=generator,
+                    generator=generator, scale=scale,
                 )  # fmt: skip
             elif num_samples >= num_keys:
                 index = torch.arange(num_keys, device=key.device).expand(*key.shape[:2], -1)
                 sample = KeySample(index=index, log_weight=torch.zeros_like(index).float())
             else:
                 sample = self.sample(
-                    query, key, value, num_samples=num_samples, generator=generator
+                    query, key, value, num_samples=num_samples, generator=generator, scale=scale
                 )
             index = sample.index
             if _can_look_at(index) and bool(((index < 0) | (index >= num_keys)).any()):
@@ -263,41 +281,19 @@ class AbstractSampler(AbstractComponent):
         return draw
 
 
+def _with_scale(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a method be called with `scale=` that was written without such an argument."""
+    parameters = inspect.signature(method).parameters.values()
+    if any(x.name == "scale" or x.kind is x.VAR_KEYWORD for x in parameters):
+        return method
+
+    @functools.wraps(method)
+    def called(*args: Any, scale: float | None = None, **options: Any) -> Any:
+        return method(*args, **options)
+
+    return called
+
+
 def _can_look_at(tensor: torch.Tensor) -> bool:
     """Whether values may be read: on other devices every call would wait, a graph would break."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-class _RectangleTable(NamedTuple):
-    """What draws from rectangles need, `[rectangles, 1]` or `[rectangles, m]`."""
-
-    length: torch.Tensor  # float64
-    start: torch.Tensor  # int64
-    log_weight: torch.Tensor  # float32
-    is_whole: torch.Tensor | None = None  # bool; None if all rectangles are drawn from
-    whole: torch.Tensor | None = None  # int64, the keys of those that are not
-
-
-@kept
-def _uniform_weight(num_keys: int, num_samples: int, device: torch.device) -> torch.Tensor:
-    """Return the log weight of every uniform draw, float32: one number, to be expanded."""
-    # copied from the host, like every kept table: what a captured graph writes is not there before
-    # the graph runs, and a copy in a capture is refused
-    return torch.tensor(math.log(num_keys / max(1, num_samples)), dtype=torch.float32).to(device)
-
-
-@kept
-def _rectangle_table(
-    rectangles: tuple[Places, ...], num_samples: int, device: torch.device
-) -> _RectangleTable:
-    bounds = int_table([places[2:] for places in rectangles], 2, device).long()
-    start, stop = bounds[:, :1], bounds[:, 1:]
-    length = (stop - start).double()
-    log_weight = torch.log(length / max(1, num_samples))
-    if all(last - first > num_samples for _, _, first, last in rectangles):
-        return _RectangleTable(length, start, log_weight.float())
-    slot = torch.arange(num_samples, device=device)
-    is_whole = length <= num_samples
-    log_weight = torch.where(is_whole, torch.where(slot < length, 0.0, -torch.inf), log_weight)
-    whole = torch.minimum(start + slot, stop - 1)
-    return _RectangleTable(length, start, log_weight.float(), is_whole, whole)

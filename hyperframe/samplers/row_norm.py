@@ -33,7 +33,8 @@ class RowNorm(AbstractSampler):
     """
 
     def density(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor | None:
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *,
+        scale: float | None = None,
+    ) -> torch.Tensor | None:  # fmt: skip
         """Return the squared norms of the values."""
         return value.double().square().sum(dim=-1)

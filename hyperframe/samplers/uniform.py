@@ -24,7 +24,8 @@ class Uniform(AbstractSampler):
     """
 
     def density(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor | None:
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *,
+        scale: float | None = None,
+    ) -> torch.Tensor | None:  # fmt: skip
         """Return None: uniform."""
         return None

@@ -11,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from hyperframe import samplers
+from hyperframe import HyperAttention, samplers
 from hyperframe.errors import ArgumentError, ArgumentTypeError
 from hyperframe.samplers.base import AbstractSampler
+from hyperframe.testing import dense_attention
 
-NAMES = ["uniform", "row_norm"]
+INDEPENDENT = ["uniform", "row_norm", "importance(tile_size=4, num_queries=5)"]
+NAMES = [*INDEPENDENT, "stratified"]
 FALSE_ALARM = 1e-6
 
 
@@ -49,7 +51,10 @@ def test_a_sample_is_an_index_and_a_weight_for_every_key_head(
     assert sample.index.dtype == torch.int64
     assert sample.log_weight.dtype == torch.float32
     assert ((sample.index >= 0) & (sample.index < 30)).all()
-    assert sample.log_weight.isfinite().all()
+    # a stratified sample takes few keys once, others draw them again
+    used = min(30, num_samples) if name == "stratified" else num_samples
+    assert (sample.log_weight.isfinite().sum(-1) == used).all()
+    assert (sample.log_weight.isfinite() | (sample.log_weight == -torch.inf)).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -78,13 +83,13 @@ def test_without_a_generator_torchs_global_one_draws(name: str) -> None:
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", INDEPENDENT)
 def test_weights_are_the_inverse_of_the_frequencies(name: str) -> None:
     draws, args = 40_000, tensors()
     sample = samplers.create(name).sample(*args, num_samples=draws, generator=generator(2))
-    # the count of each key is binomial with p = 1 / (m weight), exactly; checks: 2 samplers,
+    # the count of each key is binomial with p = 1 / (m weight), exactly; checks: 3 samplers,
     # 4 heads, 30 keys, two-sided, together 1e-6
-    tail = FALSE_ALARM / (2 * 4 * 30 * 2)
+    tail = FALSE_ALARM / (3 * 4 * 30 * 2)
     for index, log_weight in zip(
         sample.index.flatten(0, 1), sample.log_weight.flatten(0, 1), strict=True
     ):
@@ -101,7 +106,7 @@ def test_weights_are_the_inverse_of_the_frequencies(name: str) -> None:
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", INDEPENDENT)
 def test_a_weighted_sum_over_the_sample_is_unbiased(name: str) -> None:
     draws = 40_000
     query, key, value = tensors()
@@ -115,7 +120,7 @@ def test_a_weighted_sum_over_the_sample_is_unbiased(name: str) -> None:
     total = f.sum(-1)
     # Bernstein: draws are independent in [0, b] with variance s^2, so that the mean is off by
     # more than sqrt(2 s^2 L / N) + b L / (3 N) with probability at most 2 exp(-L)
-    log_term = math.log(2 * 2 * 4 / FALSE_ALARM)  # two-sided, 2 samplers, 4 heads
+    log_term = math.log(2 * 3 * 4 / FALSE_ALARM)  # two-sided, 3 samplers, 4 heads
     variance = (p_inverse * f.square()).sum(-1) - total.square()
     radius = (2 * variance * log_term / draws).sqrt()
     radius += (p_inverse * f).amax(-1) * log_term / (3 * draws)
@@ -164,7 +169,7 @@ def test_a_prefix_sample_never_leaves_its_prefix_and_takes_short_ones_whole(
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", INDEPENDENT)
 @pytest.mark.parametrize("num_queries", [30, 20])
 def test_prefix_weights_are_the_inverse_of_the_frequencies(name: str, num_queries: int) -> None:
     draws, copies = 20, 2000
@@ -174,8 +179,8 @@ def test_prefix_weights_are_the_inverse_of_the_frequencies(name: str, num_querie
         query, key, value, num_samples=draws, prefixes=prefixes, generator=generator(5)
     )
     trials = draws * copies
-    # as above; 2 samplers, 2 query lengths, 2 heads, at most 52 keys, two-sided
-    tail = FALSE_ALARM / (2 * 2 * 2 * 52 * 2)
+    # as above; 3 samplers, 2 query lengths, 2 heads, at most 52 keys, two-sided
+    tail = FALSE_ALARM / (3 * 2 * 2 * 52 * 2)
     for head in range(2):
         for t, length in enumerate(prefixes.tolist()):
             index = sample.index[:, head, t].flatten()
@@ -192,21 +197,23 @@ def test_prefix_weights_are_the_inverse_of_the_frequencies(name: str, num_querie
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_values_that_some_row_of_a_tile_may_not_see_move_none_of_its_weights(name: str) -> None:
+def test_what_some_row_of_a_tile_may_not_see_moves_none_of_its_weights(name: str) -> None:
     query, key, value = tensors(num_queries=24)
     prefixes = torch.tensor([14, 22, 30])  # tiles of 8 rows; the first row of a tile sees 7, 15, 23
     sampler = samplers.create(name)
 
-    def draw(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(v: torch.Tensor, k: torch.Tensor = key) -> tuple[torch.Tensor, torch.Tensor]:
         sample = sampler.sample_prefixes(
-            query, key, v, num_samples=9, prefixes=prefixes, generator=generator(7)
+            query, k, v, num_samples=9, prefixes=prefixes, generator=generator(7)
         )
         return sample.index, sample.log_weight
 
     for t, seen in enumerate([7, 15, 23]):
         other = value.clone()
         other[:, :, seen:] *= torch.linspace(3, 9, 30 - seen)[:, None]
-        for mine, its in zip(draw(value), draw(other), strict=True):
+        other_key = key.clone()
+        other_key[:, :, seen:] *= torch.linspace(-3, 9, 30 - seen)[:, None]
+        for mine, its in zip(draw(value), draw(other, other_key), strict=True):
             assert torch.equal(mine[:, :, : t + 1], its[:, :, : t + 1])
     if name == "row_norm":  # what every row sees does count
         other = value.clone()
@@ -220,15 +227,15 @@ def test_zero_values_have_finite_weights(name: str, zeros: slice) -> None:
     query, key, value = tensors()
     value[:, :, zeros] = 0
     sampler = samplers.create(name)
-    sample = sampler.sample(query, key, value, num_samples=50, generator=generator())
+    sample = sampler.sample(query, key, value, num_samples=20, generator=generator())
     assert sample.log_weight.isfinite().all()
     prefixes = torch.tensor([10, 20, 30])
     per_tile = sampler.sample_prefixes(
         query, key, value, num_samples=5, prefixes=prefixes, generator=generator()
     )
     assert per_tile.log_weight.isfinite().all()
-    if zeros == slice(None):  # nothing to go by: uniform
-        torch.testing.assert_close(sample.log_weight, torch.full((2, 2, 50), math.log(30 / 50)))
+    if zeros == slice(None) and name in ("uniform", "row_norm"):  # nothing to go by: uniform
+        torch.testing.assert_close(sample.log_weight, torch.full((2, 2, 20), math.log(30 / 20)))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -236,6 +243,29 @@ def test_a_sample_carries_no_gradient(name: str) -> None:
     args = [x.requires_grad_() for x in tensors()]
     sample = samplers.create(name).sample(*args, num_samples=5)
     assert not sample.log_weight.requires_grad
+    sample = samplers.create(name).sample_prefixes(
+        *args, num_samples=5, prefixes=torch.tensor([10, 20, 30])
+    )
+    assert not sample.log_weight.requires_grad
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("causal", ["single_pass", "recursive"])
+def test_as_many_samples_as_keys_are_exact_attention(name: str, causal: str) -> None:
+    inputs = tensors()
+    attention = HyperAttention(
+        detector="sliding_window(width=3)", sampler=name, num_samples=30, causal=causal,
+        min_seq_len=0 if causal == "single_pass" else 4,
+    )  # fmt: skip
+    for is_causal in (False, True):
+        out, lse = attention(*inputs, is_causal=is_causal, return_lse=True)
+        exact = dense_attention(*inputs, is_causal=is_causal)
+        torch.testing.assert_close(out.double(), exact.out, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lse.double(), exact.lse, rtol=1e-5, atol=1e-5)
+
+
+def test_every_built_in_sampler_is_tested_here() -> None:
+    assert {samplers.create(name).name for name in NAMES} == set(samplers._BUILTINS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -245,9 +275,9 @@ def test_a_bad_number_of_samples_is_refused(
     name: str, value: object, error: type[Exception]
 ) -> None:
     sampler = samplers.create(name)
-    with pytest.raises(error, match=f"{name}: num_samples={value}"):
+    with pytest.raises(error, match=f"{sampler.name}: num_samples={value}"):
         sampler.sample(*tensors(), num_samples=value)
-    with pytest.raises(error, match=f"{name}: num_samples={value}"):
+    with pytest.raises(error, match=f"{sampler.name}: num_samples={value}"):
         sampler.sample_prefixes(*tensors(), num_samples=value, prefixes=torch.tensor([30]))
 
 
@@ -265,3 +295,54 @@ def test_a_density_is_all_that_a_new_sampler_needs() -> None:
     sample = ByPosition().sample(*tensors(), num_samples=10, generator=generator())
     p = (sample.index + 1).double() / (30 * 31 / 2)
     torch.testing.assert_close(sample.log_weight.double(), -(10 * p).log(), rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------- scale
+
+
+@pytest.mark.parametrize("is_causal, causal", [(False, "single_pass"), (True, "recursive")])
+def test_a_sampler_that_takes_a_scale_gets_that_of_the_call(is_causal: bool, causal: str) -> None:
+    scales = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Scaled(AbstractSampler):
+        def density(self, query, key, value, *, scale=None):  # type: ignore[no-untyped-def]
+            scales.append(scale)
+            return key.new_ones(key.shape[:3])
+
+    attention = HyperAttention(
+        detector="sliding_window(width=3)", sampler=Scaled(), num_samples=3, min_seq_len=4,
+        causal=causal,
+    )  # fmt: skip
+    attention(*tensors(), is_causal=is_causal, scale=0.3)
+    assert set(scales) == {0.3}
+    Scaled().sample(*tensors(), num_samples=3)
+    assert scales[-1] is None
+
+
+def test_methods_that_were_written_without_a_scale_run_as_they_are() -> None:
+    called = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Older(AbstractSampler):
+        def density(self, query, key, value):  # type: ignore[no-untyped-def]
+            return None
+
+        def sample(self, query, key, value, *, num_samples, generator=None):  # type: ignore[no-untyped-def]
+            called.append("sample")
+            return super().sample(query, key, value, num_samples=num_samples, generator=generator)
+
+        def sample_prefixes(self, *args, **options):  # type: ignore[no-untyped-def]
+            called.append("sample_prefixes")
+            return super().sample_prefixes(*args, **options)
+
+        def draws(self, query, key, value, *, num_samples, generator=None):  # type: ignore[no-untyped-def]
+            called.append("draws")
+            return super().draws(query, key, value, num_samples=num_samples, generator=generator)
+
+    attention = HyperAttention(
+        detector="sliding_window(width=3)", sampler=Older(), num_samples=3, min_seq_len=0
+    )
+    attention(*tensors(), scale=0.3)
+    attention(*tensors(), scale=0.3, is_causal=True)
+    assert called == ["draws", "sample", "draws", "sample_prefixes"]

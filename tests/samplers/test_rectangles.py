@@ -11,9 +11,11 @@ import torch
 from scipy.stats import binom
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hyperframe import HyperAttention, pipeline
 from hyperframe.rectangles import causal_levels, level_rectangles
-from hyperframe.samplers import Uniform, create
+from hyperframe.samplers import Stratified, Uniform, create
 from hyperframe.samplers.base import AbstractSampler
+from hyperframe.samples import KeySample
 
 FALSE_ALARM = 1e-6
 RECTANGLES = ((3, 6, 0, 3), (9, 12, 6, 9), (6, 12, 0, 6), (12, 20, 0, 12))
@@ -97,15 +99,16 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("name", ["uniform", "stratified"])
 @pytest.mark.parametrize("num_samples", [2, 16])
-def test_all_levels_are_drawn_in_a_few_operations(num_samples: int) -> None:
+def test_all_levels_are_drawn_in_a_few_operations(num_samples: int, name: str) -> None:
     rectangles = tuple(
         places for level in causal_levels(256, 8) for places in level_rectangles(level, 256)
     )
     inputs = (torch.zeros(1, 1, 256, 1),) * 3
 
     def draw() -> None:
-        Uniform().sample_rectangles(*inputs, num_samples=num_samples, rectangles=rectangles)
+        create(name).sample_rectangles(*inputs, num_samples=num_samples, rectangles=rectangles)
 
     draw()  # the tables are made
     with _Operations() as operations:
@@ -127,7 +130,21 @@ def test_samplers_that_draw_otherwise_have_no_samples_of_rectangles() -> None:
         ) -> torch.Tensor:
             return key.norm(dim=-1)
 
-    samplers: list[AbstractSampler] = [FirstKeys(), Lengths(), create("row_norm")]
+    @dataclass(frozen=True, kw_only=True)
+    class Shifted(Stratified):
+        def sample(self, *args: Any, **options: Any) -> Any:
+            raise NotImplementedError
+
+    @dataclass(frozen=True, kw_only=True)
+    class Weighted(Stratified):
+        def density(
+            self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        ) -> torch.Tensor:
+            return key.norm(dim=-1)
+
+    samplers: list[AbstractSampler] = [
+        FirstKeys(), Lengths(), Shifted(), Weighted(), create("row_norm"), create("importance"),
+    ]  # fmt: skip
     for sampler in samplers:
         source = torch.Generator().manual_seed(0)
         before = source.get_state()
@@ -136,3 +153,75 @@ def test_samplers_that_draw_otherwise_have_no_samples_of_rectangles() -> None:
         )
         assert drawn is None
         assert torch.equal(source.get_state(), before)
+
+
+# --------------------------------------------------------------- in the recursion
+
+
+class _Levels:
+    """What the pipeline built of all levels at once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.plans: list[Any] = []
+        build = pipeline.build_level_plans
+
+        def keep(*args: Any) -> Any:
+            built = build(*args)
+            self.plans += built or []
+            return built
+
+        monkeypatch.setattr(pipeline, "build_level_plans", keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastKeys(AbstractSampler):
+    """The last keys of each rectangle: no density, no draw."""
+
+    def density(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor | None:
+        return None
+
+    def sample_rectangles(  # type: ignore[no-untyped-def]
+        self, query, key, value, *, num_samples, rectangles, generator=None
+    ):
+        stop = torch.tensor([places[3] for places in rectangles]).unsqueeze(-1)
+        index = (stop - 1 - torch.arange(num_samples)).expand(*key.shape[:2], -1, -1)
+        return KeySample(index=index, log_weight=torch.zeros(index.shape))
+
+
+def attend(sampler: Any, **options: Any) -> torch.Tensor:
+    g = torch.Generator().manual_seed(3)
+    query = torch.randn(2, 4, 61, 8, generator=g)
+    key, value = torch.randn(2, 2, 2, 61, 8, generator=g)
+    attention = HyperAttention(
+        detector="sort_lsh(block_size=5)", sampler=sampler, num_samples=3, min_seq_len=8,
+        causal="recursive", **options,
+    )  # fmt: skip
+    return attention(query, key, value, is_causal=True)
+
+
+@pytest.mark.parametrize("sampler", ["stratified", LastKeys()], ids=["stratified", "last keys"])
+def test_a_sampler_that_draws_for_rectangles_in_its_own_way_has_all_levels_at_once(
+    sampler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels = _Levels(monkeypatch)
+    attend(sampler)
+    assert [plan.num_samples for plan in levels.plans] == [3, 3, 3]
+    if isinstance(sampler, LastKeys):
+        for plan in levels.plans:
+            for number, (*_, stop) in enumerate(plan.rectangles):
+                drawn = plan.sample_index[:, :, number]
+                assert (drawn == torch.tensor([stop - 1, stop - 2, stop - 3])).all()
+
+
+@pytest.mark.parametrize("sampler", ["importance", "row_norm"])
+def test_other_samplers_are_not_asked_and_the_detector_finds_nothing_in_vain(
+    sampler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels = _Levels(monkeypatch)
+    found = attend(sampler)
+    assert levels.plans == []
+    # and draws what it drew without the other way
+    monkeypatch.setattr(pipeline.Pipeline, "_solve_square", lambda *args: None)
+    assert torch.equal(found, attend(sampler))
