@@ -35,6 +35,15 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
         {"detector": "sliding_window(width=16) | heavy_columns(num_columns=16)"},
         True,
     ),
+    "stratified, recursive": (
+        {"detector": "sort_lsh(block_size=16)", "sampler": "stratified", "causal": "recursive"},
+        True,
+    ),
+    "importance": ({"detector": "sort_lsh(block_size=16)", "sampler": "importance"}, False),
+    "importance, single pass": (
+        {"detector": "sliding_window(width=16)", "sampler": "importance(tile_size=16)"},
+        True,
+    ),
     "row norm, exact sums": (
         {"detector": "heavy_columns(num_columns=16)", "sampler": "row_norm", "estimator": "exact"},
         False,
