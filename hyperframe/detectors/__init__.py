@@ -15,11 +15,15 @@ __all__ = [
 ]
 
 _BUILTINS = {
+    "bigbird": ".detectors.bigbird:BigBird",
     "block_list": ".detectors.block_list:BlockList",
+    "butterfly": ".detectors.butterfly:Butterfly",
+    "dilated": ".detectors.dilated:Dilated",
     "heavy_columns": ".detectors.heavy_columns:HeavyColumns",
     "oracle": ".detectors.oracle:Oracle",
     "sliding_window": ".detectors.sliding_window:SlidingWindow",
     "sort_lsh": ".detectors.sort_lsh:SortLSH",
+    "strided": ".detectors.strided:Strided",
     "union": ".detectors.union:Union",
 }
 
