@@ -10,15 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from hyperframe.attention import HyperAttention
-from hyperframe.detectors import create
 from hyperframe.detectors.bigbird import BigBird
 from hyperframe.errors import ArgumentError, ArgumentTypeError
 from hyperframe.masks import ListMask
 from hyperframe.randomness import Stream
-from hyperframe.testing import masked_attention
+from tests import pattern_laws
 
-sizes = st.integers(1, 40)
 patterns = st.fixed_dictionaries(
     {
         "block_size": st.integers(1, 50), "window_blocks": st.integers(0, 3),
@@ -26,10 +23,6 @@ patterns = st.fixed_dictionaries(
         "seed": st.integers(0, 99),
     }
 )  # fmt: skip
-
-
-def shapes(num_queries: int, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.zeros(2, 4, num_queries, 3), torch.zeros(2, 2, num_keys, 3)
 
 
 def random_blocks(detector: BigBird, head: int, block: int, others: list[int]) -> set[int]:
@@ -45,7 +38,7 @@ def random_blocks(detector: BigBird, head: int, block: int, others: list[int]) -
 
 
 def expected(
-    detector: BigBird, num_queries: int, num_keys: int, *, is_causal: bool, first_real: int = 0
+    detector: BigBird, num_queries: int, num_keys: int, *, is_causal: bool, first_real: int
 ) -> torch.Tensor:
     dense = torch.zeros(2, num_queries, num_keys, dtype=torch.bool)
     key_block = torch.arange(num_keys) // detector.block_size
@@ -64,73 +57,50 @@ def expected(
     return dense.repeat_interleave(2, dim=0).expand(2, -1, -1, -1)
 
 
-@given(num_queries=sizes, num_keys=sizes, options=patterns, is_causal=st.booleans())
+@given(
+    num_queries=pattern_laws.SIZES,
+    num_keys=pattern_laws.SIZES,
+    options=patterns,
+    is_causal=st.booleans(),
+)
 def test_the_mask_is_the_definition(
     num_queries: int, num_keys: int, options: dict[str, int], is_causal: bool
 ) -> None:
-    query, key = shapes(num_queries, num_keys)
     detector = BigBird(**options)
-    want = expected(detector, num_queries, num_keys, is_causal=is_causal)
-    for find in (detector.find, detector.find_strict):
-        mask = find(query, key, is_causal=is_causal)
-        assert mask.is_causal == is_causal
-        assert torch.equal(mask.to_dense(), want)
-        assert torch.equal(mask.nnz(), want.sum(dim=(-2, -1)))
+    pattern_laws.mask_is_the_definition(
+        detector, expected, num_queries, num_keys, is_causal=is_causal
+    )
 
 
-@given(num_queries=sizes, num_keys=sizes, options=patterns, data=st.data())
+@given(
+    num_queries=pattern_laws.SIZES, num_keys=pattern_laws.SIZES, options=patterns, data=st.data()
+)
 def test_a_rectangle_holds_its_part_of_the_causal_pattern(
     num_queries: int, num_keys: int, options: dict[str, int], data: st.DataObject
 ) -> None:
-    query, key = shapes(num_queries, num_keys)
     detector = BigBird(**options)
-    whole, offset = (
-        expected(detector, num_queries, num_keys, is_causal=True),
-        num_keys - num_queries,
-    )
-    row = data.draw(st.integers(0, num_queries - 1))
-    last = data.draw(st.integers(row + 1, num_queries))
-    stop = data.draw(st.integers(0, num_keys))
-    if not 0 < stop <= row + offset:
-        return  # not below the diagonal
-    first = data.draw(st.integers(0, stop - 1))
-    part = detector.find_rectangle(
-        query[:, :, row:last], key[:, :, first:stop], query_start=row + offset, key_start=first,
-        first_row=row,
-    )  # fmt: skip
-    assert not part.is_causal
-    assert torch.equal(part.to_dense(), whole[:, :, row:last, first:stop])
+    pattern_laws.rectangle_is_a_part(detector, expected, num_queries, num_keys, data)
 
 
-@given(num_queries=sizes, num_keys=sizes, options=patterns, is_causal=st.booleans(), data=st.data())
+@given(
+    num_queries=pattern_laws.SIZES,
+    num_keys=pattern_laws.SIZES,
+    options=patterns,
+    is_causal=st.booleans(),
+    data=st.data(),
+)
 def test_what_padding_leaves_is_a_part_of_the_whole_pattern(
     num_queries: int, num_keys: int, options: dict[str, int], is_causal: bool, data: st.DataObject
 ) -> None:
-    query, key = shapes(num_queries, num_keys)
     detector = BigBird(**options)
-    offset = num_keys - num_queries
-    first = data.draw(st.integers(0, num_keys - 1))
-    stop = data.draw(st.integers(first + 1, num_keys))
-    whole = expected(detector, num_queries, num_keys, is_causal=is_causal, first_real=first)
-    # causal: the rows whose keys are real; otherwise any
-    row, last = max(0, first - offset), stop - offset
-    if not is_causal:
-        row = data.draw(st.integers(0, num_queries - 1))
-        last = data.draw(st.integers(row + 1, num_queries))
-    if row >= last:
-        return
-    part = detector.find_within(
-        query[:, :, row:last], key[:, :, first:stop], is_causal=is_causal, strict=is_causal,
-        query_start=row + offset, key_start=first, first_row=row, num_queries=num_queries,
-        num_keys=num_keys,
-    )  # fmt: skip
-    assert part.is_causal == is_causal
-    assert torch.equal(part.to_dense(), whole[:, :, row:last, first:stop])
+    pattern_laws.rest_of_padding_is_a_part(
+        detector, expected, num_queries, num_keys, data, is_causal=is_causal
+    )
 
 
-@pytest.mark.parametrize("shape", [(40, 40), (33, 40), (40, 33)])
-@pytest.mark.parametrize("sides", [(0, 0), (11, 0), (0, 13), (9, 10), (20, 19)])
-@pytest.mark.parametrize("mode", ["full", "single_pass", "recursive"])
+@pattern_laws.SHAPES
+@pattern_laws.SIDES
+@pattern_laws.MODES
 @pytest.mark.parametrize(
     "spec",
     [
@@ -143,36 +113,12 @@ def test_what_padding_leaves_is_a_part_of_the_whole_pattern(
 def test_attention_goes_by_the_pattern_in_every_strategy_and_under_padding(
     spec: str, mode: str, sides: tuple[int, int], shape: tuple[int, int]
 ) -> None:
-    g = torch.Generator().manual_seed(0)
-    query, key = (torch.randn(x.shape, generator=g, dtype=torch.float64) for x in shapes(*shape))
-    real = torch.arange(shape[1])
-    real = (sides[0] <= real) & (real < shape[1] - sides[1])
-    padding = torch.stack([real, torch.ones_like(real)])
-    is_causal = mode != "full"
-    held = torch.cat(
-        [
-            expected(create(spec), *shape, is_causal=is_causal, first_real=first)[:1]
-            for first in (sides[0], 0)
-        ]
-    )
-    held = held & padding[:, None, None]
-    if mode == "recursive":  # where leaves are single keys: each row also holds its own
-        position = torch.arange(shape[0])[:, None] + shape[1] - shape[0]
-        held = held | ((position == torch.arange(shape[1])) & padding[:, None, None])
-    want = masked_attention(query, key, key, held)
-    attention = HyperAttention(
-        detector=spec, num_samples=0, min_seq_len=0, causal=mode if is_causal else "single_pass"
-    )
-    out, lse = attention(
-        query, key, key, is_causal=is_causal, key_padding_mask=padding, return_lse=True
-    )
-    torch.testing.assert_close(out, want.out)
-    torch.testing.assert_close(lse, want.lse)
+    pattern_laws.attention_goes_by_the_pattern(spec, expected, mode, sides, shape)
 
 
 def blocks_of(detector: BigBird, length: int, *, is_causal: bool) -> torch.Tensor:
     """Which blocks each block holds: bool `[4, blocks, blocks]`; blocks are whole."""
-    dense = detector.find(*shapes(length, length), is_causal=is_causal).to_dense()[0]
+    dense = detector.find(*pattern_laws.shapes(length, length), is_causal=is_causal).to_dense()[0]
     size = detector.block_size
     return dense[:, size - 1 :: size, ::size]
 
@@ -199,7 +145,7 @@ def test_patterns_differ_by_seed_and_key_head_and_by_nothing_else() -> None:
     assert torch.equal(first[0], first[1])  # heads of one group share keys, and their lists
     assert not torch.equal(first[0], first[2])
     torch.manual_seed(3)
-    query, key = shapes(80, 80)
+    query, key = pattern_laws.shapes(80, 80)
     seeded = detector.find(query, key, is_causal=True, generator=torch.Generator().manual_seed(4))
     assert torch.equal(seeded.to_dense()[0, :, 1::2, ::2], first)
     assert not torch.equal(first[0, 30:35, :28], first[0, 35:40, :28])
@@ -208,7 +154,8 @@ def test_patterns_differ_by_seed_and_key_head_and_by_nothing_else() -> None:
 def test_what_follows_a_row_does_not_change_its_blocks() -> None:
     detector = BigBird(block_size=3, num_random=2, num_global=4)
     short, long = (
-        detector.find(*shapes(length, length), is_causal=True).to_dense() for length in (40, 90)
+        detector.find(*pattern_laws.shapes(length, length), is_causal=True).to_dense()
+        for length in (40, 90)
     )
     assert torch.equal(short, long[:, :, :40, :40])
 
@@ -229,7 +176,7 @@ def test_every_set_of_blocks_is_equally_likely() -> None:
 
 
 def test_the_global_keys_of_a_padded_call_are_its_first_real_keys() -> None:
-    query, key = shapes(8, 4)
+    query, key = pattern_laws.shapes(8, 4)
     part = BigBird(block_size=1, window_blocks=0, num_random=0, num_global=7).find_rectangle(
         query, key, query_start=17, key_start=9, first_row=17, first_key=5
     )
@@ -237,12 +184,12 @@ def test_the_global_keys_of_a_padded_call_are_its_first_real_keys() -> None:
 
 
 def test_a_list_is_stored_once_for_all_batch_items() -> None:
-    mask = BigBird(block_size=8, num_global=3).find(*shapes(64, 64))
+    mask = BigBird(block_size=8, num_global=3).find(*pattern_laws.shapes(64, 64))
     for part in mask.parts():
         assert isinstance(part, ListMask)
         assert part.key_index.stride(0) == 0
         assert part.key_index.shape[1] == 2
-    assert sum(1 for _ in BigBird(num_global=0).find(*shapes(64, 64)).parts()) == 1
+    assert sum(1 for _ in BigBird(num_global=0).find(*pattern_laws.shapes(64, 64)).parts()) == 1
 
 
 @pytest.mark.parametrize(
