@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import platform
 import statistics
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from hyperframe.attention import HyperAttention
+from hyperframe.benchmarking.report import append_rows
 from hyperframe.diagnostics import relative_error
 from hyperframe.kernels.exact import exact_output
 
@@ -108,9 +108,7 @@ def main() -> None:
         faster = [n for n in options.lengths if n > max(slower, default=0)]
         print(f"  {name:<36} {min(faster) if faster else 'never in this range'}")
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        append_rows(options.out, rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ sequence, with the largest error of `out` and `lse` against float64 on some rows
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hyperframe.benchmarking.report import append_rows
 from hyperframe.kernels import fused_kernels
 
 LEAVES = (512, 1024, 2048, 4096)
@@ -146,9 +146,7 @@ def main() -> None:
                 )
                 results.append(row)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in results)
+        append_rows(options.out, results)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from exact import milliseconds
 from kernels import PLANS, plan_of
 
+from hyperframe.benchmarking.report import append_rows
 from hyperframe.kernels.triton.arguments import view_of
 
 
@@ -64,21 +64,6 @@ def scatter_kernel(
         row = (head * num_keys + key)[:, None] * D + dim[None, :]
         tl.atomic_add(dk_ptr + row, ones, mask=used, sem="relaxed")
         tl.atomic_add(dv_ptr + row, ones, mask=used, sem="relaxed")
-
-
-def milliseconds(call: Callable[[], object], repeats: int) -> float:
-    """Return the median time of a call that launches one kernel."""
-    found = []
-    for turn in range(repeats + 2):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        if turn >= 2:
-            found.append(begin.elapsed_time(end))
-    return statistics.median(found)
 
 
 def main() -> None:
@@ -132,9 +117,7 @@ def main() -> None:
                 rate = moved / taken / 1e9
                 print(f"{head_dim:>4} {plan_name:<7}{kernel:<8}{taken:>7.3f} ms {rate:6.2f} TB/s")
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        append_rows(options.out, rows)
 
 
 if __name__ == "__main__":

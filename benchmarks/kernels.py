@@ -11,7 +11,6 @@ suite `tiles`. One row for each kernel and configuration; the first of a kernel 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import statistics
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import triton
 
 from hyperframe import detectors, samplers
 from hyperframe.benchmarking.methods import tile_plan
+from hyperframe.benchmarking.report import append_rows
 from hyperframe.builder import build_plans
 from hyperframe.kernels.triton import attend
 from hyperframe.kernels.triton.configs import OVERRIDES, Config
@@ -168,9 +168,7 @@ def main() -> None:
         })  # fmt: skip
         print(f"{head_dim:>4} {name:<7}{kernel:<14}{milliseconds:>8.3f} ms  {used}", flush=True)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        append_rows(options.out, rows)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,10 @@ import triton.language as tl
 
 from .common import (
     LOG2_E,
+    ORDERED,
     existing,
     existing_row,
+    list_of,
     load_keys,
     load_once,
     load_places,
@@ -128,15 +130,11 @@ def backward_keys_kernel(
         weight_ptr += batch * weight_batch + list_head * weight_head + rectangle * weight_tile
         rank = tl.load(rank_ptr + slot, mask=slot < key_count, other=-1)
     else:
-        list_head = head.to(tl.int64)
-        tile64 = tile.to(tl.int64)
-        counts = counts_ptr + ((batch * plan_heads + head) * num_tiles + tile) * 3
-        key_count = tl.load(counts)
-        heavy_count = tl.load(counts + 1)
-        band_count = tl.load(counts + 2)
-        index_ptr += batch * index_batch + list_head * index_head + tile64 * index_tile
-        weight_ptr += batch * weight_batch + list_head * weight_head + tile64 * weight_tile
-        value_weight_ptr += batch * vw_batch + list_head * vw_head + tile64 * vw_tile
+        index_ptr, weight_ptr, value_weight_ptr, key_count, heavy_count, band_count, _, _ = list_of(
+            index_ptr, index_batch, index_head, index_tile, weight_ptr, weight_batch, weight_head,
+            weight_tile, value_weight_ptr, vw_batch, vw_head, vw_tile, counts_ptr, table_ptr,
+            batch, head, key_head, tile, plan_heads, key_heads, num_tiles, 0, ORDERED, False,
+        )  # fmt: skip
     used = slot < key_count
     # slots that are not used hold the first key of the list, and weigh nothing
     first = tl.load(index_ptr, mask=key_count > 0, other=0).to(tl.int32)
