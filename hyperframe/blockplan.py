@@ -46,7 +46,8 @@ class BlockPlan:
         sample_index: int32 `[batch, key_heads, rectangles, m]`, or None without samples.
         sample_log_weight: float32, the same shape (expanded dimensions are welcome);
             `-log(m p_j)`, `-inf` for a slot that counts nothing.
-        sample_rank: int32, the same shape: place of every sampled key in `key_order`.
+        key_rank: int32 `[batch, key_heads, n_k]`, the place of every key in `key_order`; needed
+            with samples, whose places are looked up there.
         samples_are_own: True when the maker vouches that no two rectangles share a key and that the
             samples of each are keys of its own.
         covers_all_keys: True when the maker vouches that every key lies in a tile's key range.
@@ -64,7 +65,7 @@ class BlockPlan:
     num_keys: int
     sample_index: torch.Tensor | None = None
     sample_log_weight: torch.Tensor | None = None
-    sample_rank: torch.Tensor | None = None
+    key_rank: torch.Tensor | None = None
     samples_are_own: bool = False
     covers_all_keys: bool = False
 
@@ -77,11 +78,11 @@ class BlockPlan:
                 f"key_order: its {key_heads} heads do not divide the {self.num_query_heads} "
                 "query heads"
             )
-        samples = (self.sample_index, self.sample_log_weight, self.sample_rank)
+        samples = (self.sample_index, self.sample_log_weight, self.key_rank)
         given = [tensor for tensor in samples if tensor is not None]
         if len(given) not in (0, 3):
             raise ArgumentError(
-                "sample_index, sample_log_weight and sample_rank: give all three or none"
+                "sample_index, sample_log_weight and key_rank: give all three or none"
             )
         expected: dict[str, tuple[int, ...]] = {
             "query_order": (batch, self.num_query_heads, self.num_queries),
@@ -90,7 +91,8 @@ class BlockPlan:
         }
         if given:
             lists = (batch, key_heads, len(self.rectangles), given[0].shape[-1])
-            expected |= dict.fromkeys(("sample_index", "sample_log_weight", "sample_rank"), lists)
+            expected |= dict.fromkeys(("sample_index", "sample_log_weight"), lists)
+            expected["key_rank"] = (batch, key_heads, self.num_keys)
         for name, shape in expected.items():
             found = tuple(getattr(self, name).shape)
             if found != shape:
@@ -103,6 +105,14 @@ class BlockPlan:
     def num_samples(self) -> int:
         """Samples of a rectangle, used or not."""
         return 0 if self.sample_index is None else self.sample_index.shape[-1]
+
+    @property
+    def sample_rank(self) -> torch.Tensor | None:
+        """Place of every sampled key in `key_order`, in the shape of `sample_index`."""
+        if self.sample_index is None or self.key_rank is None:
+            return None
+        index = self.sample_index.long()
+        return self.key_rank.gather(-1, index.flatten(2)).view(index.shape)
 
     def check_inputs(self, query: torch.Tensor, key: torch.Tensor) -> None:
         """Refuse queries and keys that the plan was not made for; reads shapes only.
@@ -170,14 +180,17 @@ class BlockPlan:
                     f"tiles: those of rectangle {number}, {places}, hold {rows} of its "
                     f"{places[1] - places[0]} rows; give every row a tile"
                 )
-        if self.sample_index is not None and self.sample_rank is not None:
-            flat = self.sample_rank.long().flatten(2)
-            if bool(((flat < 0) | (flat >= self.num_keys)).any()) or not torch.equal(
-                self.key_order.gather(-1, flat).long(), self.sample_index.long().flatten(2)
+        if self.sample_index is not None and self.key_rank is not None:
+            index, rank = self.sample_index, self.key_rank.long()
+            if bool(((index < 0) | (index >= self.num_keys)).any()):
+                raise ArgumentError(
+                    f"sample_index: keys outside of [0, {self.num_keys}); sample keys that exist"
+                )
+            if bool(((rank < 0) | (rank >= self.num_keys)).any()) or not bool(
+                (self.key_order.gather(-1, rank) == torch.arange(rank.shape[-1]).to(rank)).all()
             ):
                 raise ArgumentError(
-                    "sample_rank: not the places of the keys in sample_index; take them from "
-                    "the ranks of key_order"
+                    "key_rank: not the place of every key in key_order; scatter the places there"
                 )
         if self.samples_are_own:
             self._check_samples()
@@ -192,10 +205,11 @@ class BlockPlan:
                     f"samples_are_own: two rectangles share the keys from {start}; leave it out"
                 )
             before = stop
-        if self.sample_rank is None or not self.rectangles:
+        rank = self.sample_rank
+        if rank is None or not self.rectangles:
             return
-        bounds = torch.tensor(self.rectangles, device=self.sample_rank.device).unsqueeze(-1)
-        is_own = (bounds[:, 2] <= self.sample_rank) & (self.sample_rank < bounds[:, 3])
+        bounds = torch.tensor(self.rectangles, device=rank.device).unsqueeze(-1)
+        is_own = (bounds[:, 2] <= rank) & (rank < bounds[:, 3])
         if not bool(is_own.all()):
             raise ArgumentError(
                 "samples_are_own: a rectangle samples a key outside of its key range; leave it out"
@@ -212,14 +226,15 @@ class BlockPlan:
         index, _ = take_ranges(spread_heads(self.key_order, heads), start, stop, self.max_keys)
         length = (stop - start).expand(index.shape[:3])
         log_weight, key_count = None, length
+        sample_rank = self.sample_rank
         if (
             self.sample_index is not None
             and self.sample_log_weight is not None
-            and self.sample_rank is not None
+            and sample_rank is not None
         ):
             rank, drawn, weight = (
                 spread_heads(tensor[:, :, rectangle], heads)  # [B, H, T, m]
-                for tensor in (self.sample_rank, self.sample_index, self.sample_log_weight)
+                for tensor in (sample_rank, self.sample_index, self.sample_log_weight)
             )
             held = (start.unsqueeze(-1) <= rank) & (rank < stop.unsqueeze(-1))
             weight = weight.masked_fill(held, float("-inf"))

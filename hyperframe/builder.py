@@ -106,9 +106,7 @@ def build_level_plans(
             continue
         own = slice(first, first + len(mask.rectangles))
         first = own.stop
-        places = sample.index[:, :, own]
-        rank = mask.rank_of_keys().gather(-1, places.flatten(2)).view(places.shape)
-        plan = _block_plan(mask, index[:, :, own], sample.log_weight[:, :, own], rank)
+        plan = _block_plan(mask, index[:, :, own], sample.log_weight[:, :, own])
         plans.append(replace(plan, samples_are_own=True))
     return plans
 
@@ -118,16 +116,14 @@ def _whole_block_plan(mask: BlockMask, sample: KeySample | None) -> BlockPlan:
     if sample is None:
         return _block_plan(mask)
     shape = (-1, -1, len(mask.rectangles), -1)
-    rank = mask.rank_of_keys().gather(-1, sample.index)
     return _block_plan(
-        mask, *(x.unsqueeze(2).expand(shape) for x in (sample.index.int(), sample.log_weight, rank))
+        mask, *(x.unsqueeze(2).expand(shape) for x in (sample.index.int(), sample.log_weight))
     )
 
 
 def _block_plan(
-    mask: BlockMask, index: torch.Tensor | None = None, log_weight: torch.Tensor | None = None,
-    rank: torch.Tensor | None = None,
-) -> BlockPlan:  # fmt: skip
+    mask: BlockMask, index: torch.Tensor | None = None, log_weight: torch.Tensor | None = None
+) -> BlockPlan:
     tiles = mask.tiles()
     return BlockPlan(
         query_order=mask.query_order.int(), key_order=mask.key_order.int(), tiles=tiles.table,
@@ -137,7 +133,7 @@ def _block_plan(
         covers_all_keys=tiles.held_keys == mask.num_keys,
         sample_index=None if index is None else index.int(),
         sample_log_weight=None if log_weight is None else log_weight.float(),
-        sample_rank=None if rank is None else rank.int(),
+        key_rank=None if index is None else mask.rank_of_keys().int(),
     )  # fmt: skip
 
 

@@ -102,9 +102,7 @@ def plan() -> BlockPlan:
         max_rows=1, max_keys=1, tile_counts=(2, 2), rectangles=((1, 3, 2, 4), (3, 5, 0, 2)),
         num_query_heads=2, num_queries=6, num_keys=5, sample_index=index,
         sample_log_weight=torch.zeros(()).expand(1, 1, 2, 2),
-        sample_rank=key_order.argsort(-1).unsqueeze(2).expand(-1, -1, 2, -1).gather(
-            -1, index.long()
-        ).int(),
+        key_rank=key_order.argsort(-1).int(),
     )  # fmt: skip
 
 
@@ -154,7 +152,7 @@ def test_other_inputs_are_refused_with_the_size_that_differs(
         ({"key_order": torch.zeros(1, 3, 5)}, "key_order: its 3 heads do not divide the 2"),
         ({"num_keys": 6}, "key_order: expected shape"),
         ({"tiles": torch.zeros(4, 4)}, r"tiles: expected shape \(4, 5\)"),
-        ({"sample_rank": None}, "give all three or none"),
+        ({"key_rank": None}, "give all three or none"),
         ({"rectangles": ((0, 1, 0, 1),)}, "sample_index: expected shape"),
         ({"sample_log_weight": torch.zeros(1, 1, 2, 3)}, "sample_log_weight: expected shape"),
     ],
@@ -184,14 +182,15 @@ def changed(tensor: torch.Tensor | None, at: tuple[int, ...], value: int) -> tor
         ({"tiles": changed(plan().tiles, (0, 3), 2)}, "tiles: the key range 2..2 is empty"),
         ({"rectangles": ((0, 3, 2, 4), (3, 5, 0, 2))}, "hold 2 of its 3 rows"),
         ({"rectangles": ((1, 3, 2, 3), (3, 5, 0, 2))}, "lies outside of its rectangle"),
-        ({"sample_index": changed(plan().sample_index, (0, 0, 0, 0), 3)}, "sample_rank: not the"),
-        ({"sample_rank": changed(plan().sample_rank, (0, 0, 0, 0), 9)}, "sample_rank: not the"),
+        ({"sample_index": changed(plan().sample_index, (0, 0, 0, 0), 5)}, "sample_index: keys out"),
+        ({"sample_index": changed(plan().sample_index, (0, 0, 0, 0), -1)}, "sample_index: keys"),
+        ({"key_rank": changed(plan().key_rank, (0, 0, 0), 9)}, "key_rank: not the place"),
+        ({"key_rank": plan().key_order.flip(-1)}, "key_rank: not the place"),
         ({"covers_all_keys": True}, "covers_all_keys: the tiles hold 4 of the 5 keys"),
         (
             {
                 "samples_are_own": True,
                 "sample_index": changed(plan().sample_index, (0, 0, 0, 0), 1),
-                "sample_rank": changed(plan().sample_rank, (0, 0, 0, 0), 0),
             },
             "samples_are_own: a rectangle samples a key outside",
         ),

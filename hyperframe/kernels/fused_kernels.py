@@ -132,10 +132,7 @@ def backward(
     q, k, v = _merged_heads(*(_ready(x, width) for x in (query, key, value)))
     # cuDNN keeps a plan for the layout of q, k and v, with that of these two written into it:
     # so they get one that follows from the layout of q
-    grad_out, out = (
-        in_layout_of(q, F.pad(x, (0, width - x.shape[-1])).reshape(q.shape))
-        for x in (grad_out, out)
-    )
+    grad_out, out = (in_layout_of(q, _padded(x, width).reshape(q.shape)) for x in (grad_out, out))
     lse = lse.reshape(q.shape[:3])
     lse = in_layout_of(torch.empty(lse.shape, device="meta"), lse)
     names = kernels or choose(q, k, width)
@@ -178,10 +175,16 @@ def _starts_aligned(tensor: torch.Tensor) -> bool:
     return tensor.storage_offset() * tensor.element_size() % 16 == 0
 
 
+def _padded(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    """Return the tensor with columns of zeros behind its own; `F.pad` would copy it in any case."""
+    missing = width - tensor.shape[-1]
+    return F.pad(tensor, (0, missing)) if missing else tensor
+
+
 def _ready(tensor: torch.Tensor, width: int) -> torch.Tensor:
     """Pad with columns of zeros and make loads of 16 bytes possible."""
     if tensor.shape[-1] != width:
-        return F.pad(tensor, (0, width - tensor.shape[-1]))
+        return _padded(tensor, width)
     # the CPU needs no alignment, but its kernel, too, takes columns to lie side by side
     step = 1 if tensor.device.type == "cpu" else 16 // tensor.element_size()
     rows = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)

@@ -77,7 +77,7 @@ class RangeMask(HeavyMask):
         slots.scatter_(-1, tile * tile_size + in_tile, order)
         tile_bounds = []
         for bound in (start, stop):
-            per_tile = torch.zeros((batch_size, heads, num_tiles), dtype=torch.int64).to(bound)
+            per_tile = bound.new_zeros((batch_size, heads, num_tiles))
             by_order = torch.where(has_keys, bound, 0).gather(-1, order)
             tile_bounds.append(per_tile.scatter_(-1, tile, by_order))
         return cls(

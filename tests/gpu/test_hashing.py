@@ -157,7 +157,7 @@ def test_a_captured_graph_sorts_new_rows() -> None:
 def test_it_compiles_into_one_graph_and_keeps_the_rules_of_torch() -> None:
     q, k, projection, threshold = integers(1, 4, 2, 1500, 1500, 64, 7, torch.bfloat16)
     torch.library.opcheck(
-        torch.ops.hyperframe.hash_orders.default, (q, k, projection, threshold, [500, 1500])
+        torch.ops.hyperframe.hash_orders.default, (q, k, projection, threshold, [500, 1500], False)
     )
 
     @torch.compile(fullgraph=True)

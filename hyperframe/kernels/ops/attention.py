@@ -25,7 +25,7 @@ _TILE_TENSORS = (
     "log_cap", "log_floor", "band_count",
 )  # fmt: skip
 _BLOCK_TENSORS = (
-    "query_order", "key_order", "tiles", "sample_index", "sample_log_weight", "sample_rank",
+    "query_order", "key_order", "tiles", "sample_index", "sample_log_weight", "key_rank",
 )  # fmt: skip
 _BLOCK_SIZES = ("max_rows", "max_keys", "num_query_heads", "num_queries", "num_keys")
 _BLOCK_FLAGS = ("samples_are_own", "covers_all_keys")

@@ -20,6 +20,7 @@ from .lists import block_lists_kernel, places_kernel
 
 __all__ = [
     "LIST",
+    "RANK",
     "WEIGHT",
     "PlanView",
     "is_wide",
@@ -110,6 +111,7 @@ _NO_FEATURES = {
     "HAS_BAND": False, "IS_CAUSAL": False, "NUM_EXCLUDED": 0, "SUMMARIES": False,
 }  # fmt: skip
 LIST = ("index_batch", "index_head", "index_tile")
+RANK = ("rank_batch", "rank_head")
 WEIGHT = ("weight_batch", "weight_head", "weight_tile", "weight_slot")
 _VALUE_WEIGHT = ("vw_batch", "vw_head", "vw_tile", "vw_slot")
 _ORDER = ("order_batch", "order_head")
@@ -162,7 +164,7 @@ def _block_lists(
     shape = (batch, key_heads, tiles, exact + samples)
     index = torch.empty(shape, dtype=torch.int32, device=order.device)
     count = torch.empty(shape[:3], dtype=torch.int32, device=order.device)
-    sample, rank, weight = plan.sample_index, plan.sample_rank, plan.sample_log_weight
+    sample, rank, weight = plan.sample_index, plan.key_rank, plan.sample_log_weight
     if not samples:
         sample = rank = weight = None
     sample = None if sample is None else _unit(sample)
@@ -176,13 +178,13 @@ def _block_lists(
             sample_ptr=nothing if sample is None else sample,
             **strides_of(sample, ("sample_batch", "sample_head", "sample_rectangle")),
             rank_ptr=nothing if rank is None else rank,
-            **strides_of(rank, ("rank_batch", "rank_head", "rank_rectangle")),
+            **strides_of(rank, RANK),
             weight_ptr=nothing if weight is None else weight,
             **strides_of(
                 weight, ("weight_batch", "weight_head", "weight_rectangle", "weight_slot")
             ),
             index_ptr=index, log_weight_ptr=nothing if weights is None else weights,
-            count_ptr=count, key_heads=key_heads, num_tiles=tiles,
+            count_ptr=count, key_heads=key_heads, num_tiles=tiles, num_keys=plan.num_keys,
             num_samples=plan.num_samples, exact_slots=exact, list_slots=shape[-1],
             WEIGHTS=not alike, BLOCK=min(256, exact), SAMPLES=samples,
         )  # fmt: skip

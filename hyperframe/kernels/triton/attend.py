@@ -19,6 +19,7 @@ from ...tables import int_table, kept
 from ..fused_exact import leaf_backward, leaf_forward, with_positive_scale
 from .arguments import (
     LIST,
+    RANK,
     WEIGHT,
     PlanView,
     is_wide,
@@ -115,7 +116,10 @@ def _forward_plan(
     }  # fmt: skip
     launch(
         forward_kernel, ("forward", merge, *_variant(view, query, value)),
-        choose("forward", query, value, view.places, view.list_slots, is_plain=view.is_plain),
+        choose(
+            "merging forward" if merge else "forward", query, value, view.places, view.list_slots,
+            is_plain=view.is_plain,
+        ),
         lambda config: _grid(query, view, config),
         lambda config: {**given, **config.blocks()},
     )  # fmt: skip
@@ -289,7 +293,7 @@ def _tile_gradients(
     _gradient_of_rows(query, value, view, given, sums, scatter=False)
     of_keys = {
         **given, "range_ptr": query, "range_batch": 0, "range_head": 0, "rank_ptr": query,
-        "rank_batch": 0, "rank_head": 0, "rank_tile": 0, "num_slots": view.list_slots,
+        "rank_batch": 0, "rank_head": 0, "num_slots": view.list_slots,
     }  # fmt: skip
     del of_keys["exact_slots"]
     # slots without a row in an order, or tiles without any
@@ -379,7 +383,7 @@ def _block_gradients(
     batch, heads, key_heads = query.shape[0], query.shape[1], key.shape[1]
     variant = _variant(view, query, value)
     sample, rank = (
-        None if x is None else x.contiguous() for x in (plan.sample_index, plan.sample_rank)
+        None if x is None else x.contiguous() for x in (plan.sample_index, plan.key_rank)
     )
     weight = plan.sample_log_weight
     order = plan.key_order.contiguous()
@@ -388,7 +392,7 @@ def _block_gradients(
         "range_ptr": order, **strides_of(order, ("range_batch", "range_head")),
         "index_ptr": order if sample is None else sample, **strides_of(sample, LIST),
         "rank_ptr": order if rank is None else rank,
-        **strides_of(rank, ("rank_batch", "rank_head", "rank_tile")),
+        **strides_of(rank, RANK),
         "weight_ptr": order if weight is None else weight, **strides_of(weight, WEIGHT),
     }  # fmt: skip
     del of_keys["exact_slots"]

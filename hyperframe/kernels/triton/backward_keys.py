@@ -61,7 +61,7 @@ def backward_keys_kernel(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     g_batch, g_head, g_row, place_row_ptr, place_lse_ptr, place_delta_ptr, place_tile,
     table_ptr, range_ptr, range_batch, range_head, index_ptr, index_batch, index_head, index_tile,
-    rank_ptr, rank_batch, rank_head, rank_tile,
+    rank_ptr, rank_batch, rank_head,
     weight_ptr, weight_batch, weight_head, weight_tile, weight_slot,
     value_weight_ptr, vw_batch, vw_head, vw_tile, vw_slot,
     counts_ptr, cap_ptr, ex_rank_ptr, ex_start_ptr, ex_stop_ptr,
@@ -126,9 +126,8 @@ def backward_keys_kernel(
         list_head = key_head.to(tl.int64)
         key_count = num_slots
         index_ptr += batch * index_batch + list_head * index_head + rectangle * index_tile
-        rank_ptr += batch * rank_batch + list_head * rank_head + rectangle * rank_tile
+        rank_ptr += batch * rank_batch + list_head * rank_head
         weight_ptr += batch * weight_batch + list_head * weight_head + rectangle * weight_tile
-        rank = tl.load(rank_ptr + slot, mask=slot < key_count, other=-1)
     else:
         index_ptr, weight_ptr, value_weight_ptr, key_count, heavy_count, band_count, _, _ = list_of(
             index_ptr, index_batch, index_head, index_tile, weight_ptr, weight_batch, weight_head,
@@ -140,6 +139,8 @@ def backward_keys_kernel(
     first = tl.load(index_ptr, mask=key_count > 0, other=0).to(tl.int32)
     key = load_keys(index_ptr, slot, key_count, BLOCK_N, 0)
     key = existing(key, first, num_keys + num_summaries)
+    if FORM == SAMPLED:
+        rank = tl.load(rank_ptr + key)
     if HAS_WEIGHT:
         weight = tl.load(weight_ptr + slot * weight_slot, mask=used, other=0.0)
         bias += weight.to(tl.float32) * LOG2_E

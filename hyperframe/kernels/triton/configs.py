@@ -58,9 +58,12 @@ class Config:
 # (kernel, widest head size) -> configuration for 16-bit inputs, measured on an H100. What decides
 # is how many programs share a multiprocessor: registers are capped where that fits one more in
 _MEASURED = {
-    ("forward", 64): Config(64, 128, 4, 2, 168),
+    ("forward", 64): Config(64, 64, 4, 3, 128),
     ("forward", 128): Config(128, 64, 8, 2, 128),
     ("forward", 256): Config(64, 32, 4, 2),
+    ("merging forward", 64): Config(64, 64, 4, 3, 128),
+    ("merging forward", 128): Config(64, 32, 4, 3, 168),
+    ("merging forward", 256): Config(64, 32, 4, 2),
     ("small forward", 64): Config(64, 128, 4, 3),
     ("small forward", 128): Config(64, 64, 4, 3),
     ("small forward", 256): Config(64, 32, 4, 2),
@@ -114,7 +117,7 @@ def choose(
         is_plain: no row needs a test of what it sees; other variants need more registers.
     """
     width = max(64, padded(query.shape[-1]), padded(value.shape[-1]))
-    if kernel == "forward" and rows <= 64:
+    if kernel in ("forward", "merging forward") and rows <= 64:
         kernel = "small forward"
     config = _SINGLE[width] if query.element_size() == 4 else _MEASURED[kernel, width]
     if not is_plain:

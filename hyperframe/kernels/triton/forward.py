@@ -1,17 +1,24 @@
 """The forward kernel: one online softmax over everything that a tile of rows attends to.
 
 One program owns `BLOCK_M` rows of one tile. It gathers their queries once, walks over the tile's
-list `BLOCK_N` slots at a time, and keeps the running maximum, sum and output of every row in
-registers: the softmax of FlashAttention over gathered keys. With `MERGE` the result is merged into
-the state that is there already, so that several plans leave one state behind and no partial states:
-the online softmax begins with it.
+list `BLOCK_N` slots at a time, and keeps the sum and output of every row in registers: the softmax
+of FlashAttention over gathered keys. With `MERGE` the result is merged into the state that is there
+already, so that several plans leave one state behind and no partial states: the softmax begins with
+it, as with one more key.
+
+Exponentials are shifted by the maximum of the row's first block, or by the log-sum-exp that is
+there: a shift is free to choose as long as nothing overflows and the terms that matter do not
+vanish, and one that stays spares the maximum of every block and the rescaling of the output. At the
+end the sums say whether that held. Where not (a later block lies 40 nats above the first, or the
+first holds nothing that the row sees and the others lie as far below 0), the rows are done once
+more, with the running maximum.
 
 The keys of a block are loaded two iterations ahead, so that the gathers of K and V, which the
 compiler pipelines, never wait for them. The elementwise test of visibility runs only in blocks
 where it can matter.
 
 `SPLIT` is the variant in which the row sum and the numerator differ (caps, floor, value weights):
-it keeps a maximum for each, and the exact and the sampled part of the row sum apart.
+it keeps a running maximum for each, and the exact and the sampled part of the row sum apart.
 """
 
 from __future__ import annotations
@@ -37,6 +44,72 @@ from .common import (
 )
 
 _SIZES = ["num_tiles", "tile_slots", "num_queries", "num_keys", "num_summaries", "left", "right"]
+
+
+@triton.jit
+def finite(shift):
+    """Return a shift of rows; those without a key so far, at -inf, are shifted by 0."""
+    return tl.where(shift == float("-inf"), 0.0, shift)
+
+
+@triton.jit
+def logits_of(
+    q, k, key, slot, end, bias, row, row_offset, is_in_tested, factor, last_slot, heavy_count,
+    band_count, left, right, ex_rank_ptr, ex_start_ptr, ex_stop_ptr, num_keys, num_queries,
+    position_offset, nan, HAS_BAND: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    NUM_EXCLUDED: tl.constexpr, UNIFORM: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return the logits of a block, `-inf` where a row does not see a slot.
+
+    In units of log2 and with the weights of the slots; with `SPLIT` without weights; `UNIFORM`:
+    products of queries and keys, neither scaled nor weighted.
+    """
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if UNIFORM:
+        if end > last_slot:
+            logits = tl.where((slot < last_slot)[None, :], logits, float("-inf"))
+    else:
+        logits *= factor
+    if not (UNIFORM or SPLIT):
+        logits += bias[None, :]
+    if IS_CAUSAL or HAS_BAND or NUM_EXCLUDED > 0:
+        if is_in_tested:
+            low, span = seen_positions(
+                key, slot, heavy_count, band_count, left, right, num_keys, IS_CAUSAL, HAS_BAND
+            )
+            seen = visible(
+                row[:, None], row_offset[:, None], key[None, :], low[None, :], span[None, :],
+                ex_rank_ptr, ex_start_ptr, ex_stop_ptr, num_keys, num_queries, position_offset,
+                logits, nan, NUM_EXCLUDED,
+            )  # fmt: skip
+            logits = tl.where(seen, logits, float("-inf"))
+    return logits
+
+
+@triton.jit
+def weight_of(start, exact_slots, sample_weight):
+    """Return the one weight of a block of a `UNIFORM` list."""
+    return tl.where(start < exact_slots, 0.0, sample_weight)
+
+
+@triton.jit
+def top_of(logits, factor, weight, UNIFORM: tl.constexpr):
+    """Return the largest logit of every row, in units of log2 and weighted."""
+    top = tl.max(logits, 1)
+    if UNIFORM:
+        top = top * factor + weight
+    return top
+
+
+@triton.jit
+def exponentials(logits, shift, factor, weight, UNIFORM: tl.constexpr):
+    """Return `exp2` of shifted logits."""
+    if UNIFORM:
+        # the factor and the one weight of the block join the shift
+        return tl.exp2(logits * factor + (weight - shift)[:, None])
+    else:
+        return tl.exp2(logits - shift[:, None])
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "position_offset"])
@@ -129,10 +202,11 @@ def forward_kernel(
         # go on from the state that is there: one more key, of weight exp(lse) and value out
         old_lse = tl.load(lse_ptr + flat_row, mask=is_row, other=float("-inf"))
         acc = tl.load(out_ptrs, mask=store, other=0.0).to(tl.float32)
-        value_top = old_lse * LOG2_E
+        value_top = finite(old_lse * LOG2_E)
         heavy_sum = tl.where(old_lse == float("-inf"), 0.0, 1.0)
     factor = tl.maximum(scale * LOG2_E, 1.2e-38)  # not 0: times -inf stays -inf
     num_rows = num_keys + num_summaries
+    tested = 0
     if TESTED:
         tested = blocks_to_test(
             index_ptr, key_count, band_count, first_position, last_position, left, right, num_keys,
@@ -159,26 +233,14 @@ def forward_kernel(
             )
         elif not UNIFORM:
             bias = tl.where(slot < key_count, 0.0, float("-inf"))
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if UNIFORM:
-            last_slot = tl.where(start < exact_slots, range_length, key_count)
-            if start + BLOCK_N > last_slot:
-                logits = tl.where((slot < last_slot)[None, :], logits, float("-inf"))
-        else:
-            logits *= factor
-        if not (UNIFORM or SPLIT):
-            logits += bias[None, :]
-        if TESTED:
-            if is_tested(tested, start // BLOCK_N, NUM_EXCLUDED):
-                low, span = seen_positions(
-                    key, slot, heavy_count, band_count, left, right, num_keys, IS_CAUSAL, HAS_BAND
-                )
-                seen = visible(
-                    row[:, None], row_offset[:, None], key[None, :], low[None, :], span[None, :],
-                    ex_rank_ptr, ex_start_ptr, ex_stop_ptr, num_keys, num_queries, position_offset,
-                    logits, nan, NUM_EXCLUDED,
-                )  # fmt: skip
-                logits = tl.where(seen, logits, float("-inf"))
+        last_slot = tl.where(start < exact_slots, range_length, key_count)
+        logits = logits_of(
+            q, k, key, slot, start + BLOCK_N, bias, row, row_offset,
+            is_tested(tested, start // BLOCK_N, NUM_EXCLUDED), factor, last_slot, heavy_count,
+            band_count, left, right, ex_rank_ptr, ex_start_ptr, ex_stop_ptr, num_keys, num_queries,
+            position_offset, nan, HAS_BAND, IS_CAUSAL, NUM_EXCLUDED, UNIFORM, SPLIT, PRECISION,
+        )  # fmt: skip
+        weight = weight_of(start, exact_slots, sample_weight)
         if SPLIT:
             is_heavy = (slot < heavy_count)[None, :]
             value_bias = bias
@@ -192,36 +254,78 @@ def forward_kernel(
             row_logits += bias[None, :]
             logits += value_bias[None, :]
             new_top = tl.maximum(top, tl.max(row_logits, 1))
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+            shift = finite(new_top)
             rescale = tl.exp2(top - shift)
             weights = tl.exp2(row_logits - shift[:, None])
             heavy_sum = heavy_sum * rescale + tl.sum(tl.where(is_heavy, weights, 0.0), 1)
             sampled_sum = sampled_sum * rescale + tl.sum(tl.where(is_heavy, 0.0, weights), 1)
             top = new_top
-        if UNIFORM:
-            # the factor and the one weight of the block join the shift
-            weight = tl.where(start < exact_slots, 0.0, sample_weight)
-            new_value_top = tl.maximum(value_top, tl.max(logits, 1) * factor + weight)
-        else:
             new_value_top = tl.maximum(value_top, tl.max(logits, 1))
-        # rows without a key so far: nothing but -inf, shifted by 0
-        shift = tl.where(new_value_top == float("-inf"), 0.0, new_value_top)
-        rescale = tl.exp2(value_top - shift)
-        if UNIFORM:
-            weights = tl.exp2(logits * factor + (weight - shift)[:, None])
-        else:
-            weights = tl.exp2(logits - shift[:, None])
+            acc = acc * tl.exp2(value_top - finite(new_value_top))[:, None]
+            value_top = new_value_top
+        elif not MERGE:
+            if start == 0:
+                value_top = finite(top_of(logits, factor, weight, UNIFORM))
+        weights = exponentials(logits, finite(value_top), factor, weight, UNIFORM)
         if not SPLIT:
-            heavy_sum = heavy_sum * rescale + tl.sum(weights, 1)
-        value_top = new_value_top
+            heavy_sum += tl.sum(weights, 1)
         v = load_rows(
             v_ptr, key[:, None], v_row, dim_v[None, :], summary_value_ptr, num_keys, D_V,
             BLOCK_DV, SUMMARIES, WIDE,
         )  # fmt: skip
-        acc = acc * rescale[:, None]
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
         key = existing(next_key, first_key, num_rows)
         next_key = load_keys(index_ptr, slot + 2 * BLOCK_N, key_count, BLOCK_N, ONCE)
+
+    if not SPLIT:
+        # far from the shift a sum has lost terms that matter, or overflows; the output too, or NaN
+        good = (heavy_sum > 8.7e-19) & (heavy_sum < 1.2e18) & (tl.sum(acc * 0.0, 1) == 0.0)
+        if tl.min((good | (is_row == 0)).to(tl.int32), 0) == 0:
+            # once more, with a shift that follows the maximum; few slots at a time, so that this
+            # takes no more registers than the loop above
+            FEW: tl.constexpr = BLOCK_N if BLOCK_N <= 32 else 32
+            few = tl.arange(0, FEW)
+            heavy_sum = tl.zeros([BLOCK_M], tl.float32)
+            value_top = heavy_sum + float("-inf")
+            acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+            if MERGE:
+                old_lse = tl.load(lse_ptr + flat_row, mask=is_row, other=float("-inf"))
+                acc = tl.load(out_ptrs, mask=store, other=0.0).to(tl.float32)
+                value_top = old_lse * LOG2_E
+                heavy_sum = tl.where(old_lse == float("-inf"), 0.0, 1.0)
+            for start in tl.range(0, key_count, FEW, num_stages=1):
+                few_slot = start + few
+                few_key = load_keys(index_ptr, few_slot, key_count, FEW, ONCE)
+                few_key = existing(few_key, first_key, num_rows)
+                few_bias = tl.where(few_slot < key_count, 0.0, float("-inf"))
+                if HAS_WEIGHT:
+                    few_bias = load_weights(
+                        weight_ptr + few_slot * weight_slot, few_slot, key_count, FEW, THREADS
+                    )
+                few_k = load_rows(
+                    k_ptr, few_key[:, None], k_row, dim[None, :], summary_key_ptr, num_keys, D,
+                    BLOCK_D, SUMMARIES, WIDE,
+                )  # fmt: skip
+                few_v = load_rows(
+                    v_ptr, few_key[:, None], v_row, dim_v[None, :], summary_value_ptr, num_keys,
+                    D_V, BLOCK_DV, SUMMARIES, WIDE,
+                )  # fmt: skip
+                last_slot = tl.where(start < exact_slots, range_length, key_count)
+                few_logits = logits_of(
+                    q, few_k, few_key, few_slot, start + FEW, few_bias, row, row_offset,
+                    is_tested(tested, start // BLOCK_N, NUM_EXCLUDED), factor, last_slot,
+                    heavy_count, band_count, left, right, ex_rank_ptr, ex_start_ptr, ex_stop_ptr,
+                    num_keys, num_queries, position_offset, nan, HAS_BAND, IS_CAUSAL,
+                    NUM_EXCLUDED, UNIFORM, SPLIT, PRECISION,
+                )  # fmt: skip
+                weight = weight_of(start, exact_slots, sample_weight)
+                new_value_top = tl.maximum(value_top, top_of(few_logits, factor, weight, UNIFORM))
+                rescale = tl.exp2(value_top - finite(new_value_top))
+                value_top = new_value_top
+                few_weights = exponentials(few_logits, finite(value_top), factor, weight, UNIFORM)
+                heavy_sum = heavy_sum * rescale + tl.sum(few_weights, 1)
+                acc = acc * rescale[:, None]
+                acc = tl.dot(few_weights.to(few_v.dtype), few_v, acc, input_precision=PRECISION)
 
     # ---- the state of these rows
     if SPLIT:
@@ -245,9 +349,9 @@ def forward_kernel(
         out = acc * tl.where(is_empty, 0.0, gain)[:, None]
         lse = tl.where(is_empty, float("-inf"), (final_top + tl.log2(row_sum)) * LN_2)
     else:
-        is_empty = value_top == float("-inf")
+        is_empty = heavy_sum == 0.0
         row_sum = tl.where(is_empty, 1.0, heavy_sum)
         out = acc * (1.0 / row_sum)[:, None]
-        lse = (value_top + tl.log2(row_sum)) * LN_2
+        lse = tl.where(is_empty, float("-inf"), (value_top + tl.log2(row_sum)) * LN_2)
     tl.store(lse_ptr + flat_row, lse, mask=is_row)
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=store)

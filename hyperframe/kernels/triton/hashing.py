@@ -26,7 +26,7 @@ MAX_HEAD_DIM = 256
 COLUMNS: tl.constexpr = tl.constexpr(8)  # projections, padded: the narrowest matrix product
 
 _MIN_BUCKETS = 32  # a warp has a lane for each
-_TABLE_ROWS = (32, 64)  # histograms that the second kernel holds at once: for several runs, for one
+_TABLE_ROWS, _MOST_TABLE_ROWS = 32, 256  # histograms that the second kernel holds at once
 _SHORTEST_LEAF = 32  # below it, tables are larger than the rows
 _FEWEST_CHUNKS = 4096  # enough to fill a large GPU several times
 _SHORTEST_CHUNK, _LONGEST_CHUNK = 128, 1024
@@ -141,7 +141,7 @@ def _first_places_kernel(
     count_ptr, first_place_ptr, runs, num_queries, num_keys, query_leaf, key_leaf,
     query_leaf_chunks, key_leaf_chunks, query_chunks, key_chunks, flat_query_heads, query_programs,
     programs, most_runs, LEVELS: tl.constexpr, BUCKETS: tl.constexpr, TABLE_ROWS: tl.constexpr,
-    ALTERNATE: tl.constexpr,
+    IS_ONE_TABLE: tl.constexpr, ALTERNATE: tl.constexpr,
 ):  # fmt: skip
     """Write the first place of every code of every chunk; grid: (heads and runs, run sizes)."""
     flat_head, run = tl.program_id(0) // most_runs, tl.program_id(0) % most_runs
@@ -170,6 +170,15 @@ def _first_places_kernel(
     line = tl.arange(0, TABLE_ROWS)[:, None]
     count_ptr += first_chunk * BUCKETS
     first_place_ptr += (level.to(tl.int64) * programs + first_chunk) * BUCKETS
+    if IS_ONE_TABLE:
+        # loads are what this kernel waits for: one instead of two for every table
+        cell = (start + line).to(tl.int64) * BUCKETS + bucket
+        count = tl.load(count_ptr + cell, mask=start + line < stop, other=0)
+        total = tl.sum(count, axis=0)
+        place = run * size + tl.cumsum(total, axis=0) - total
+        before = tl.cumsum(count, axis=0) - count
+        tl.store(first_place_ptr + cell, place[None, :] + before, mask=start + line < stop)
+        return
     total = tl.zeros([BUCKETS], tl.int32)
     for at in range(start, stop, TABLE_ROWS):
         chunk = at + line
@@ -324,12 +333,14 @@ class HashSort:
     def write_first_places(self) -> None:
         """Write the first place of every code of every chunk, for each run size."""
         most_runs = max(triton.cdiv(cut.num_rows, cut.leaf) for cut in self.cuts)
-        table_rows = _TABLE_ROWS[most_runs == 1]
+        chunks = max(cut.chunks for cut in self.cuts)
+        is_one_table = most_runs == 1 and chunks <= _MOST_TABLE_ROWS
+        table_rows = triton.next_power_of_2(chunks) if is_one_table else _TABLE_ROWS
         _first_places_kernel[(sum(self.heads) * most_runs, len(self.runs))](
             self.count, self.first_place, self.runs, *self.sizes, self.heads[0],
             self.programs[0], sum(self.programs), most_runs, LEVELS=len(self.runs),
-            BUCKETS=self.buckets, TABLE_ROWS=table_rows, ALTERNATE=self.alternate,
-            num_warps=8 if most_runs == 1 else 4,
+            BUCKETS=self.buckets, TABLE_ROWS=table_rows, IS_ONE_TABLE=is_one_table,
+            ALTERNATE=self.alternate, num_warps=16 if table_rows > _TABLE_ROWS else 4,
         )  # fmt: skip
 
     def write_orders(self) -> None:

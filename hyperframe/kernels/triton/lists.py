@@ -11,18 +11,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import LOG2_E, tile_rows
+from .common import LOG2_E, nearest, tile_rows
 
 _SIZES = ["num_tiles", "num_queries", "tile_slots", "place_tile"]
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_samples", "exact_slots", "list_slots"])
+@triton.jit(do_not_specialize=["num_tiles", "num_keys", "num_samples", "exact_slots", "list_slots"])
 def block_lists_kernel(
     table_ptr, order_ptr, order_batch, order_head, sample_ptr, sample_batch, sample_head,
-    sample_rectangle, rank_ptr, rank_batch, rank_head, rank_rectangle,
+    sample_rectangle, rank_ptr, rank_batch, rank_head,
     weight_ptr, weight_batch, weight_head, weight_rectangle, weight_slot,
-    index_ptr, log_weight_ptr, count_ptr, key_heads, num_tiles, num_samples, exact_slots,
-    list_slots, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr, SAMPLES: tl.constexpr,
+    index_ptr, log_weight_ptr, count_ptr, key_heads, num_tiles, num_keys, num_samples,
+    exact_slots, list_slots, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
     """Write the list of one tile: keys int32 `[batch, key_heads, T, L]`, and its length int32.
 
@@ -53,12 +53,12 @@ def block_lists_kernel(
     count = exact_slots
     if SAMPLES > 0:
         sample_ptr += batch * sample_batch + head * sample_head + rectangle * sample_rectangle
-        rank_ptr += batch * rank_batch + head * rank_head + rectangle * rank_rectangle
+        rank_ptr += batch * rank_batch + head * rank_head
         weight_ptr += batch * weight_batch + head * weight_head + rectangle * weight_rectangle
         place = tl.arange(0, SAMPLES)
         is_sample = place < num_samples
         key = tl.load(sample_ptr + place, mask=is_sample, other=0)
-        rank = tl.load(rank_ptr + place, mask=is_sample, other=0)
+        rank = tl.load(rank_ptr + nearest(key, num_keys), mask=is_sample, other=0)
         weight = tl.load(weight_ptr + place * weight_slot, mask=is_sample, other=float("-inf"))
         kept = ((rank < first) | (rank >= last)) & (weight > float("-inf"))
         before = tl.cumsum(kept.to(tl.int32), 0)

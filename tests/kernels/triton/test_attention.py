@@ -182,12 +182,11 @@ def long_block_plan(*, samples: int, is_uniform: bool, seed: int = 0) -> BlockPl
     log_weight[..., 4] = -math.inf
     if is_uniform:
         log_weight = torch.tensor(0.7).expand(index.shape)
-    rank = key_order.argsort(dim=-1).gather(-1, index.flatten(2)).view(index.shape)
     return BlockPlan(
         query_order=query_order, key_order=key_order, tiles=torch.tensor(tiles, dtype=torch.int32),
         max_rows=70, max_keys=66, tile_counts=(2, 1), rectangles=rectangles, num_query_heads=2,
         num_queries=150, num_keys=149, sample_index=index.int(), sample_log_weight=log_weight,
-        sample_rank=rank.int(),
+        key_rank=key_order.argsort(dim=-1).int(),
     ).validate()  # fmt: skip
 
 
@@ -455,12 +454,11 @@ def square_block_plan(seed: int, *, samples: int = 4) -> BlockPlan:
         torch.rand(1, heads, 20, generator=generator).argsort(dim=-1).int() for heads in (2, 1)
     )
     index = torch.randint(20, (1, 1, 1, samples), generator=generator)
-    rank = key_order.argsort(dim=-1).gather(-1, index.flatten(2)).view(index.shape)
     return BlockPlan(
         query_order=query_order, key_order=key_order, max_rows=14, max_keys=14, tile_counts=(2,),
         tiles=torch.tensor([[0, 6, 0, 6, 0], [6, 20, 6, 20, 0]], dtype=torch.int32),
         rectangles=((0, 20, 0, 20),), num_query_heads=2, num_queries=20, num_keys=20,
-        sample_index=index.int(), sample_rank=rank.int(),
+        sample_index=index.int(), key_rank=key_order.argsort(dim=-1).int(),
         sample_log_weight=torch.randn(index.shape, generator=generator),
     ).validate()  # fmt: skip
 

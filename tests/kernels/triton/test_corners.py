@@ -120,7 +120,8 @@ def test_rectangles_may_sample_the_same_keys() -> None:
         ).int(),
         max_rows=10, max_keys=10, tile_counts=(2, 1), rectangles=((0, 10, 0, 10), (10, 20, 10, 20)),
         num_query_heads=4, num_queries=20, num_keys=20, sample_index=sample,
-        sample_log_weight=torch.ones(1, device=DEVICE).expand(1, 2, 2, 4), sample_rank=sample,
+        sample_log_weight=torch.ones(1, device=DEVICE).expand(1, 2, 2, 4),
+        key_rank=order.expand(1, 2, -1),
     )  # fmt: skip
     found = triton_backend.attend_all(q, k, v, [plan.validate()], scale=0.3)
     expected = reference.attend(q, k, v, plan.to_tile_plan(), scale=0.3)

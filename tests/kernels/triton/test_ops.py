@@ -59,12 +59,12 @@ def block_plan(rows: int = 20) -> BlockPlan:
         torch.rand(1, heads, rows, generator=generator).argsort(dim=-1).int() for heads in (2, 1)
     )
     index = torch.randint(rows, (1, 1, 1, 4), generator=generator)
-    rank = key_order.argsort(dim=-1).gather(-1, index.flatten(2)).view(index.shape)
     tiles = torch.tensor([[0, 6, 0, 6, 0], [6, rows, 6, rows, 0]], dtype=torch.int32)
     plan = BlockPlan(
         query_order=query_order, key_order=key_order, max_rows=rows - 6, max_keys=rows - 6,
         tile_counts=(2,), tiles=tiles, rectangles=((0, rows, 0, rows),), num_query_heads=2,
-        num_queries=rows, num_keys=rows, sample_index=index.int(), sample_rank=rank.int(),
+        num_queries=rows, num_keys=rows, sample_index=index.int(),
+        key_rank=key_order.argsort(dim=-1).int(),
         sample_log_weight=torch.tensor(0.3).expand(index.shape),
     )  # fmt: skip
     return plan_on(plan, DEVICE)  # type: ignore[return-value]
