@@ -144,7 +144,7 @@ def _leaves(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, leaf: int, solve_leaf: LeafSolver
 ) -> AttentionState:
     batch, _, length = query.shape[:3]
-    full, rest = divmod(length, leaf)
+    full, rest = length // leaf, length % leaf
 
     def runs(tensor: torch.Tensor) -> torch.Tensor:
         batch, heads, _, dim = tensor.shape

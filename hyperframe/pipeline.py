@@ -42,7 +42,7 @@ BREAK_EVEN = {
     ("cpu", "torch", True): 8191,
     ("cuda", "torch", False): 65535,
     ("cuda", "torch", True): 262143,
-    ("cuda", "triton", False): 16383,
+    ("cuda", "triton", False): 16384,
     ("cuda", "triton", True): 32768,
 }
 """Keys up to which exact attention is the faster one, by (device, backend, is_causal).
@@ -203,7 +203,7 @@ class Pipeline:
             plans = build_level_plans(masks, draw if self.num_samples else None)
         if plans is None:
             return None
-        full, rest = divmod(query.shape[2], leaf)
+        full, rest = query.shape[2] // leaf, query.shape[2] % leaf
         for rows, runs in ((leaf, full), (rest, 1)):
             self._count_exact((*query.shape[:2], rows), rows, True, times=runs)
         self._count(plans, key.shape[1])

@@ -60,7 +60,8 @@ def causal_levels(length: int, leaf: int) -> list[Level]:
     levels = []
     size = leaf
     while size < length:
-        full, rest = divmod(length, 2 * size)
+        # no divmod: torch.compile refuses it for a length that it does not know
+        full, rest = length // (2 * size), length % (2 * size)
         levels.append(Level(size=size, full=full, ragged=max(0, rest - size)))
         size *= 2
     return levels

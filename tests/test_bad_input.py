@@ -200,7 +200,10 @@ _COUNTS = [
     ("sort_lsh", "block_size"), ("sort_lsh", "num_projections"), ("sort_lsh", "num_rounds"),
     ("sliding_window", "width"), ("block_list", "block_size"), ("oracle", "budget"),
     ("heavy_columns", "num_columns"), ("heavy_columns", "num_queries"),
-    ("heavy_columns", "tile_size"),
+    ("heavy_columns", "tile_size"), ("vertical_slash", "num_columns"),
+    ("vertical_slash", "num_diagonals"), ("antidiagonal", "num_blocks"), ("quest", "num_blocks"),
+    ("pca_tree", "num_leaves"), ("kmeans", "num_blocks"), ("balanced_lsh", "block_size"),
+    ("reformer_lsh", "block_size"),
 ]  # fmt: skip
 
 
@@ -244,6 +247,13 @@ def test_sizes_beyond_the_sequence_are_no_error(n: int, is_causal: bool) -> None
         "oracle(budget=256)",
         "sliding_window(width=256, num_sinks=256)",
         "block_list(blocks=((0,0),), block_size=256)",
+        "vertical_slash",
+        "antidiagonal",
+        "quest",
+        "pca_tree",
+        "kmeans",
+        "balanced_lsh(num_rounds=2)",
+        "reformer_lsh",
     ):
         out = hyper_attention(q, q, q, detector=spec, min_seq_len=0, is_causal=is_causal)
         torch.testing.assert_close(out, expected)

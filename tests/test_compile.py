@@ -44,6 +44,14 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
         {"detector": "sliding_window(width=16)", "sampler": "importance(tile_size=16)"},
         True,
     ),
+    "columns and diagonals, single pass": (
+        {"detector": "vertical_slash(num_columns=8, num_diagonals=8, tile_size=16)"},
+        True,
+    ),
+    "tree, single pass": (
+        {"detector": "pca_tree(leaf_size=8, num_leaves=2, tile_size=16, chunk_size=32)"},
+        True,
+    ),
     "row norm, exact sums": (
         {"detector": "heavy_columns(num_columns=16)", "sampler": "row_norm", "estimator": "exact"},
         False,

@@ -21,6 +21,13 @@ DETECTORS = [
     "heavy_columns(num_columns=6, num_queries=5, tile_size=8)",
     "oracle(budget=5)",
     "sliding_window(width=5) | sort_lsh(block_size=8)",
+    "vertical_slash(num_columns=6, num_diagonals=4, num_queries=3, num_segments=3, tile_size=4)",
+    "antidiagonal(block_size=4, num_blocks=2, stride=2, tile_size=8)",
+    "quest(block_size=4, num_blocks=2, num_queries=2, tile_size=8)",
+    "pca_tree(leaf_size=4, num_leaves=2, tile_size=8, chunk_size=16)",
+    "kmeans(block_size=4, num_blocks=2, num_steps=2, tile_size=8, chunk_size=16)",
+    "balanced_lsh(block_size=8, checkpoint=8)",
+    "reformer_lsh(block_size=6, num_buckets=8, num_rounds=2)",
 ]
 
 

@@ -18,6 +18,13 @@ DETECTORS = {
     "heavy_columns": "heavy_columns(num_columns=12, num_queries=5, tile_size=16)",
     "oracle": "oracle(budget=7)",
     "block_list": "block_list(blocks=((0,0),(1,0),(3,2)), block_size=16)",
+    "vertical_slash": "vertical_slash(num_columns=8, num_diagonals=8, num_segments=3, tile_size=8)",
+    "antidiagonal": "antidiagonal(block_size=4, num_blocks=3, stride=2, tile_size=8)",
+    "quest": "quest(block_size=4, num_blocks=3, num_queries=2, tile_size=8)",
+    "pca_tree": "pca_tree(leaf_size=4, num_leaves=3, tile_size=8, chunk_size=16)",
+    "kmeans": "kmeans(block_size=4, num_blocks=3, num_steps=2, tile_size=8, chunk_size=16)",
+    "balanced_lsh": "balanced_lsh(block_size=16, checkpoint=8)",
+    "reformer_lsh": "reformer_lsh(block_size=8, num_buckets=8, num_rounds=2)",
     "union": "sort_lsh(block_size=16) | sliding_window(width=5) | oracle(budget=3)",
 }
 # strategy: what is called, and whether the mask is causal

@@ -43,6 +43,20 @@ def test_any_leaf_length_covers_too(length: int) -> None:
         assert torch.equal(counts, torch.ones_like(counts).tril()), leaf
 
 
+# torch's own: its compiler makes an instance of the function to trace it
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_levels_of_a_length_that_the_compiler_does_not_know_are_part_of_the_graph() -> None:
+    def count(x: torch.Tensor) -> torch.Tensor:
+        levels = causal_levels(x.shape[0], 3)
+        return x * sum(level.full for level in levels) + sum(level.ragged for level in levels)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(count, fullgraph=True, dynamic=True, backend="eager")
+    for length in (10, 23):
+        x = torch.ones(length)
+        assert torch.equal(compiled(x), count(x))
+
+
 @pytest.mark.parametrize("length", [1, 10, 23, 64, 97])
 @pytest.mark.parametrize("leaf", [1, 3, 8])
 def test_the_rectangles_of_a_level_are_its_odd_runs_and_the_even_runs_before_them(

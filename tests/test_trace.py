@@ -29,6 +29,12 @@ def tensors(num_queries: int = N) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
         "heavy_columns(num_columns=6, num_queries=40, tile_size=8)",
         "block_list(blocks=((0,0),(1,0),(1,1)), block_size=16)",
         "sliding_window(width=7) | oracle(budget=4)",
+        (
+            "vertical_slash(num_columns=6, num_diagonals=4, num_queries=40, num_segments=1, "
+            "tile_size=8)"
+        ),
+        "antidiagonal(block_size=4, num_blocks=2, stride=2, tile_size=8)",
+        "pca_tree(leaf_size=4, num_leaves=2, tile_size=8, chunk_size=16)",
     ],
 )
 def test_without_samples_the_keys_are_the_entries_of_the_mask(

@@ -15,16 +15,25 @@ __all__ = [
 ]
 
 _BUILTINS = {
+    "antidiagonal": ".detectors.antidiagonal:Antidiagonal",
+    "balanced_lsh": ".detectors.balanced_lsh:BalancedLSH",
     "bigbird": ".detectors.bigbird:BigBird",
     "block_list": ".detectors.block_list:BlockList",
     "butterfly": ".detectors.butterfly:Butterfly",
     "dilated": ".detectors.dilated:Dilated",
     "heavy_columns": ".detectors.heavy_columns:HeavyColumns",
+    "kmeans": ".detectors.kmeans:KMeans",
     "oracle": ".detectors.oracle:Oracle",
+    "pca_tree": ".detectors.pca_tree:PCATree",
+    "pooled_topk": ".detectors.pooled_topk:PooledTopK",
+    "quest": ".detectors.quest:Quest",
+    "refined": ".detectors.refined:Refined",
+    "reformer_lsh": ".detectors.reformer_lsh:ReformerLSH",
     "sliding_window": ".detectors.sliding_window:SlidingWindow",
     "sort_lsh": ".detectors.sort_lsh:SortLSH",
     "strided": ".detectors.strided:Strided",
     "union": ".detectors.union:Union",
+    "vertical_slash": ".detectors.vertical_slash:VerticalSlash",
 }
 
 registry = Registry(

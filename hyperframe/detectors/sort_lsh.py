@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,7 +23,14 @@ from ..randomness import normal
 from ..rectangles import Level, Places, level_rectangles
 from .base import AbstractDetector
 
-__all__ = ["SortLSH", "hamming_sorted_codes", "inverse_gray"]
+__all__ = [
+    "SortLSH",
+    "block_mask",
+    "bucket_mask",
+    "hamming_sorted_codes",
+    "inverse_gray",
+    "placed_mask",
+]
 
 _ROW_TILE = 32  # rows of a tile where every row names its own range of keys
 
@@ -91,7 +98,12 @@ class SortLSH(AbstractDetector):
         """Return one block mask for each round; see the class and `AbstractDetector.find`."""
         num_queries, num_keys = query.shape[2], key.shape[2]
         if is_causal and num_keys > self.block_size:
-            return self._each_round(self._bucket_mask, query, key, generator, centre=False)
+            return UnionMask.of(
+                *(
+                    bucket_mask(*codes, block_size=self.block_size, num_bits=self.num_projections)
+                    for codes in self._codes(query, key, generator, centre=False)
+                )
+            )
         centre = self.centre_keys and not is_causal
         runs, everything = (max(num_queries, num_keys),), ((0, num_queries, 0, num_keys),)
         masks = []
@@ -103,7 +115,9 @@ class SortLSH(AbstractDetector):
                 mean = key.mean(dim=2, dtype=dtype).unsqueeze(-1)
                 threshold = (mean * rounded_planes(planes, key.dtype)).sum(dim=-2)
             orders = hash_orders(query, key, planes, runs=runs, key_threshold=threshold)
-            masks.append(self._block_mask(orders, 0, everything, is_causal=is_causal))
+            masks.append(
+                block_mask(orders, everything, block_size=self.block_size, is_causal=is_causal)
+            )
         return UnionMask.of(*masks)
 
     def find_strict(
@@ -114,7 +128,8 @@ class SortLSH(AbstractDetector):
         """Return masks in which a row's keys depend on its own query alone."""
         if is_causal:
             return self.find(query, key, is_causal=True, generator=generator)
-        return self._each_round(self._placed_mask, query, key, generator, centre=self.centre_keys)
+        codes = self._codes(query, key, generator, centre=self.centre_keys)
+        return UnionMask.of(*(placed_mask(*pair, block_size=self.block_size) for pair in codes))
 
     def find_levels(
         self, query: torch.Tensor, key: torch.Tensor, *, leaf: int, levels: Sequence[Level],
@@ -132,17 +147,11 @@ class SortLSH(AbstractDetector):
         sizes = tuple(level.size for level in levels)
         orders = hash_orders(query, key, planes, runs=sizes, alternate=True)
         return [
-            self._block_mask(orders, number, level_rectangles(level, key.shape[2]))
-            for number, level in enumerate(levels)
+            block_mask(orders, places, block_size=self.block_size, number=number)
+            for number, places in enumerate(
+                level_rectangles(level, key.shape[2]) for level in levels
+            )
         ]
-
-    def _each_round(
-        self, form: Callable[[torch.Tensor, torch.Tensor], HeavyMask], query: torch.Tensor,
-        key: torch.Tensor, generator: torch.Generator | None, *, centre: bool,
-    ) -> HeavyMask:  # fmt: skip
-        """Unite the masks that a form makes of the codes of each round."""
-        codes = self._codes(query, key, generator, centre=centre)
-        return UnionMask.of(*(form(q_code, k_code) for q_code, k_code in codes))
 
     def _codes(
         self, query: torch.Tensor, key: torch.Tensor, generator: torch.Generator | None,
@@ -166,76 +175,98 @@ class SortLSH(AbstractDetector):
         shape = (self.num_rounds, batch, key_heads, head_dim, self.num_projections)
         return normal(shape, key.device, generator)
 
-    def _num_blocks(self, num_keys: int) -> int:
-        return -(-num_keys // self.block_size)
 
-    def _block_mask(
-        self, orders: HashOrders, number: int, rectangles: tuple[Places, ...], *,
-        is_causal: bool = False,
-    ) -> BlockMask:  # fmt: skip
-        """Blocks of equal rank in the orders of one run size: Algorithm 1."""
-        query_order, key_order, key_rank = (order[number] for order in orders)
-        batch, heads, num_queries = query_order.shape
-        return BlockMask(
-            batch_size=batch, num_query_heads=heads, num_queries=num_queries,
-            num_keys=key_order.shape[-1], is_causal=is_causal, query_order=query_order,
-            key_order=key_order, key_rank=key_rank, rectangles=rectangles,
-            block_size=self.block_size,
-        )  # fmt: skip
+def block_mask(
+    orders: HashOrders, rectangles: tuple[Places, ...], *, block_size: int, number: int = 0,
+    is_causal: bool = False,
+) -> BlockMask:  # fmt: skip
+    """Return blocks of equal rank: Algorithm 1.
 
-    def _placed_mask(self, query_code: torch.Tensor, key_code: torch.Tensor) -> RangeMask:
-        """Blocks of sorted keys; every query goes to the block around its own code."""
-        num_keys = key_code.shape[-1]
-        blocks = self._num_blocks(num_keys)
-        key_block = -(-num_keys // blocks)
-        ordered, order = key_code.sort(dim=-1, stable=True)
-        ordered = spread_heads(ordered, query_code.shape[1]).contiguous()
-        code = query_code.contiguous()
-        first = torch.searchsorted(ordered, code)
-        last = torch.searchsorted(ordered, code, right=True)
-        start = ((first + last) // 2).clamp(max=num_keys - 1) // key_block * key_block
-        return RangeMask.of_rows(
-            start, start, (start + key_block).clamp(max=num_keys), order, max_keys=key_block,
-            max_groups=blocks, tile_size=_ROW_TILE,
-        )  # fmt: skip
+    Args:
+        orders: rows and keys sorted by code, inside of the runs of one or more sizes.
+        rectangles: where the blocks lie; see `BlockMask`.
+        block_size: keys of a block, at most.
+        number: which of the run sizes.
+        is_causal: see `HeavyMask`.
+    """
+    query_order, key_order, key_rank = (order[number] for order in orders)
+    batch, heads, num_queries = query_order.shape
+    return BlockMask(
+        batch_size=batch, num_query_heads=heads, num_queries=num_queries,
+        num_keys=key_order.shape[-1], is_causal=is_causal, query_order=query_order,
+        key_order=key_order, key_rank=key_rank, rectangles=rectangles, block_size=block_size,
+    )  # fmt: skip
 
-    def _bucket_mask(self, query_code: torch.Tensor, key_code: torch.Tensor) -> HeavyMask:
-        """Runs of half a block inside a bucket, in the order of positions (causal)."""
-        num_queries, num_keys = query_code.shape[-1], key_code.shape[-1]
-        # the row's own key, which need not be in its own bucket, counts as one of the block
-        own = BandMask(
-            batch_size=query_code.shape[0], num_query_heads=query_code.shape[1],
-            num_queries=num_queries, num_keys=num_keys, is_causal=True, left=0, right=0,
-            on_device=query_code.device,
-        )  # fmt: skip
-        if self.block_size == 1:
-            return own
-        # fewer, larger buckets: a code without its last bits is a run of neighbouring codes
-        bits = min(self.num_projections, self._num_blocks(num_keys).bit_length() - 1)
-        query_code, key_code = (
-            code >> (self.num_projections - bits) for code in (query_code, key_code)
-        )
-        run = max(1, (self.block_size - 1) // 2)
-        runs_before = 1 if self.block_size > 2 else 0
-        order = key_code.sort(dim=-1, stable=True).indices
-        # the sort is stable: inside a bucket, keys stand in the order of their positions
-        ordered = spread_heads(key_code.gather(-1, order), query_code.shape[1]).contiguous()
-        code = query_code.contiguous()
-        bucket_start = torch.searchsorted(ordered, code)
-        bucket_stop = torch.searchsorted(ordered, code, right=True)
-        position = torch.arange(num_queries, device=code.device) + num_keys - num_queries
-        seen = _count_at_or_before(
-            spread_heads(order, query_code.shape[1]), bucket_start, bucket_stop, position
-        )
-        current = (seen - 1).div(run, rounding_mode="floor")
-        start = bucket_start + (current - runs_before).clamp(min=0) * run
-        stop = torch.minimum(bucket_start + (current + 1) * run, bucket_stop)
-        runs = RangeMask.of_rows(
-            bucket_start + current.clamp(min=0) * run, start, torch.where(seen > 0, stop, start),
-            order, max_keys=(runs_before + 1) * run, tile_size=_ROW_TILE, is_causal=True,
-            max_groups=num_keys // run + (1 << bits),
-        )  # fmt: skip
-        return runs | own
+
+def placed_mask(
+    query_code: torch.Tensor, key_code: torch.Tensor, *, block_size: int
+) -> RangeMask:  # fmt: skip
+    """Return blocks of sorted keys; every query goes to the block around its own code.
+
+    Args:
+        query_code: int64 `[batch, query_heads, n_q]`.
+        key_code: int64 `[batch, key_heads, n_k]`.
+        block_size: keys of a block, at most.
+    """
+    num_keys = key_code.shape[-1]
+    blocks = -(-num_keys // block_size)
+    key_block = -(-num_keys // blocks)
+    ordered, order = key_code.sort(dim=-1, stable=True)
+    ordered = spread_heads(ordered, query_code.shape[1]).contiguous()
+    code = query_code.contiguous()
+    first = torch.searchsorted(ordered, code)
+    last = torch.searchsorted(ordered, code, right=True)
+    start = ((first + last) // 2).clamp(max=num_keys - 1) // key_block * key_block
+    return RangeMask.of_rows(
+        start, start, (start + key_block).clamp(max=num_keys), order, max_keys=key_block,
+        max_groups=blocks, tile_size=_ROW_TILE,
+    )  # fmt: skip
+
+
+def bucket_mask(
+    query_code: torch.Tensor, key_code: torch.Tensor, *, block_size: int, num_bits: int
+) -> HeavyMask:
+    """Return each row's own key, and runs of half a block inside its bucket, by position (causal).
+
+    Args:
+        query_code: int64 `[batch, query_heads, n_q]`.
+        key_code: int64 `[batch, key_heads, n_k]`.
+        block_size: keys of a row, at most.
+        num_bits: bits of a code.
+    """
+    num_queries, num_keys = query_code.shape[-1], key_code.shape[-1]
+    # the row's own key, which need not be in its own bucket, counts as one of the block
+    own = BandMask(
+        batch_size=query_code.shape[0], num_query_heads=query_code.shape[1],
+        num_queries=num_queries, num_keys=num_keys, is_causal=True, left=0, right=0,
+        on_device=query_code.device,
+    )  # fmt: skip
+    if block_size == 1:
+        return own
+    # fewer, larger buckets: a code without its last bits is a run of neighbouring codes
+    bits = min(num_bits, (-(-num_keys // block_size)).bit_length() - 1)
+    query_code, key_code = (code >> (num_bits - bits) for code in (query_code, key_code))
+    run = max(1, (block_size - 1) // 2)
+    runs_before = 1 if block_size > 2 else 0
+    order = key_code.sort(dim=-1, stable=True).indices
+    # the sort is stable: inside a bucket, keys stand in the order of their positions
+    ordered = spread_heads(key_code.gather(-1, order), query_code.shape[1]).contiguous()
+    code = query_code.contiguous()
+    bucket_start = torch.searchsorted(ordered, code)
+    bucket_stop = torch.searchsorted(ordered, code, right=True)
+    position = torch.arange(num_queries, device=code.device) + num_keys - num_queries
+    seen = _count_at_or_before(
+        spread_heads(order, query_code.shape[1]), bucket_start, bucket_stop, position
+    )
+    current = (seen - 1).div(run, rounding_mode="floor")
+    start = bucket_start + (current - runs_before).clamp(min=0) * run
+    stop = torch.minimum(bucket_start + (current + 1) * run, bucket_stop)
+    runs = RangeMask.of_rows(
+        bucket_start + current.clamp(min=0) * run, start, torch.where(seen > 0, stop, start),
+        order, max_keys=(runs_before + 1) * run, tile_size=_ROW_TILE, is_causal=True,
+        max_groups=num_keys // run + (1 << bits),
+    )  # fmt: skip
+    return runs | own
 
 
 def _count_at_or_before(

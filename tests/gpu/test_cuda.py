@@ -18,6 +18,10 @@ SPECS = [
     "sliding_window(width=32) | sort_lsh(block_size=32)",
     "block_list(blocks=((0, 0), (1, 0), (2, 2)), block_size=100)",
     "oracle(budget=24)",
+    "vertical_slash(num_columns=32, num_diagonals=16, num_segments=4, tile_size=16)",
+    "antidiagonal(block_size=16, num_blocks=3, tile_size=32)",
+    "pca_tree(leaf_size=8, num_leaves=4, tile_size=32, chunk_size=128)",
+    "reformer_lsh(block_size=32, num_rounds=2)",
 ]
 
 

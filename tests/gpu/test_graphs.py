@@ -30,6 +30,11 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
         {"detector": "heavy_columns(num_columns=64)", "causal": "recursive"},
         True,
     ),
+    "columns and diagonals": (
+        {"detector": "vertical_slash(num_columns=48, num_diagonals=32, num_segments=8)"},
+        True,
+    ),
+    "tree": ({"detector": "pca_tree(num_leaves=4, chunk_size=256)"}, True),
 }
 
 

@@ -20,6 +20,13 @@ DETECTORS = [
     "oracle(budget=3)",
     "sliding_window(width=3, num_sinks=1) | heavy_columns(num_columns=3, tile_size=5)",
     "sort_lsh(block_size=5) | oracle(budget=2) | sliding_window(width=2)",
+    "vertical_slash(num_columns=4, num_diagonals=4, num_queries=3, num_segments=3, tile_size=4)",
+    "antidiagonal(block_size=3, num_blocks=2, stride=3, tile_size=6, top_p=0.9)",
+    "quest(block_size=3, num_blocks=2, num_queries=2, reduction='max', tile_size=4)",
+    "pca_tree(leaf_size=3, num_leaves=2, num_means=2, tile_size=4, chunk_size=16)",
+    "kmeans(block_size=3, num_blocks=2, num_steps=2, batch_size=5, tile_size=4, chunk_size=8)",
+    "balanced_lsh(block_size=5, num_rounds=2, checkpoint=4)",
+    "reformer_lsh(block_size=4, num_buckets=6, num_rounds=2)",
 ]
 detectors = st.sampled_from(DETECTORS)
 samplers = st.sampled_from(["uniform", "row_norm"])

@@ -1,0 +1,188 @@
+"""Leaves of keys, and which of them a tile of rows holds: scores by mean keys, and lists."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..precision import without_autocast
+from ..ragged import keep_in_lists
+from ..samplers.pooled import pooled_queries, run_lengths
+
+__all__ = ["Leaves", "SeenLeaves", "best_leaves", "leaf_scores", "lists_of_leaves", "tile_voters"]
+
+_CHUNK_BYTES = 64 << 20  # of the scores of tiles held at once
+_NEVER = float("-inf")
+
+
+class Leaves(NamedTuple):
+    """Groups of keys that a tile holds as a whole or not at all.
+
+    Attributes:
+        keys: int64 `[batch, key_heads, leaves, longest]`, the keys of each leaf.
+        sizes: int64 `[leaves]`, how many of them there are; at least 1.
+        mean: `[batch, key_heads, leaves, d]`, the mean keys, in float32 at least.
+        is_even: whether all leaves have `longest` keys.
+    """
+
+    keys: torch.Tensor
+    sizes: torch.Tensor
+    mean: torch.Tensor
+    is_even: bool
+
+
+class SeenLeaves(NamedTuple):
+    """Which leaves each tile may hold.
+
+    Attributes:
+        num_far: how many leaves, from the first one on, are far ones.
+        far: int64 `[tiles]`: a tile sees that many far leaves, the first ones.
+        near: int64 `[tiles, near]`, further leaves that a tile may see.
+        is_near: bool `[tiles, near]`, whether it sees them.
+    """
+
+    num_far: int
+    far: torch.Tensor
+    near: torch.Tensor
+    is_near: torch.Tensor
+
+
+def tile_voters(
+    query: torch.Tensor, *, tile_size: int, num_means: int, strict: bool = False,
+    earlier_query: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return the queries that choose for each tile of rows: means of runs of its rows.
+
+    Args:
+        query: `[batch, query_heads, n_q, d]`.
+        tile_size: rows of a tile.
+        num_means: runs of a tile, at most.
+        strict: the runs are those of the tile before instead, and the first row of the tile votes
+            by itself: no voter is later than a row of the tile.
+        earlier_query: `[batch, query_heads, n, d]`, rows before the first tile, or None.
+
+    Returns:
+        `[batch, query_heads, tiles, voters, d]`, in float32 at least, and bool `[tiles, voters]`:
+        which of them there are. Cost O(n_q d).
+    """
+    length = query.shape[2]
+    num_tiles = -(-length // tile_size)
+    tile = torch.arange(num_tiles, device=query.device)
+    padded = torch.nn.functional.pad(query, (0, 0, 0, num_tiles * tile_size - length))
+    tiles = padded.unflatten(2, (num_tiles, tile_size))
+    if not strict:
+        rows = (length - tile * tile_size).clamp(max=tile_size)
+        means = pooled_queries(tiles, rows, num_means)
+        return means, run_lengths(rows, tile_size, num_means) > 0
+    first = query[:, :, :0] if earlier_query is None else earlier_query[:, :, -tile_size:]
+    before = torch.nn.functional.pad(first, (0, 0, 0, tile_size - first.shape[2])).unsqueeze(2)
+    rows = torch.where(tile > 0, tile_size, first.shape[2])
+    means = pooled_queries(torch.cat([before, tiles[:, :, :-1]], dim=2), rows, num_means)
+    means = torch.cat([means, tiles[:, :, :, :1].to(means.dtype)], dim=3)
+    votes = run_lengths(rows, tile_size, num_means) > 0
+    return means, torch.nn.functional.pad(votes, (0, 1), value=True)
+
+
+def leaf_scores(
+    voters: torch.Tensor, votes: torch.Tensor, leaves: Leaves, seen: SeenLeaves, *, scale: float
+) -> torch.Tensor:
+    """Return the log of the softmax mass that voters give to each leaf, by its mean key.
+
+    A leaf of `c` keys has the logit `scale q . mean + log c`. The softmax of a voter is over the
+    leaves that its tile sees; the masses of a tile's voters add up.
+
+    Args:
+        voters: `[batch, query_heads, tiles, voters, d]`.
+        votes: bool `[tiles, voters]`.
+        leaves: the leaves.
+        seen: which of them each tile sees.
+        scale: factor of the logits.
+
+    Returns:
+        `[batch, query_heads, tiles, far + near]`, natural log; `-inf` for a leaf that is not seen.
+        Far leaves come first, then the near ones of each tile.
+    """
+    batch, heads, num_tiles, num_voters, dim = voters.shape
+    key_heads = leaves.mean.shape[1]
+    dtype = voters.dtype
+    lowest = torch.finfo(dtype).min  # finite: where nothing is seen, no NaN is born
+    mean, log_count = leaves.mean.to(dtype), leaves.sizes.to(dtype).log()
+    voters = (voters * scale).view(batch, key_heads, -1, num_tiles, num_voters, dim)
+    parts, normaliser = [], torch.full((1,), lowest, dtype=dtype, device=voters.device)
+    with without_autocast(voters):
+        if seen.num_far:
+            far = voters.flatten(2, 4) @ mean[:, :, : seen.num_far].transpose(-1, -2)
+            far = far.view(batch, heads, num_tiles, num_voters, -1) + log_count[: seen.num_far]
+            is_far = torch.arange(seen.num_far, device=far.device) < seen.far.unsqueeze(-1)
+            parts.append((far, is_far))
+        if seen.near.shape[1]:
+            near_mean = mean[:, :, seen.near].unsqueeze(2)  # [B, Hkv, 1, T, near, d]
+            near = (voters @ near_mean.transpose(-1, -2)).flatten(1, 2)
+            parts.append((near + log_count[seen.near].unsqueeze(1), seen.is_near))
+    hidden = [logits.masked_fill(~seen_.unsqueeze(1), lowest) for logits, seen_ in parts]
+    for logits in hidden:
+        normaliser = torch.logaddexp(normaliser, logits.logsumexp(dim=-1, keepdim=True))
+    masses = []
+    for logits, (_, is_seen) in zip(hidden, parts, strict=True):
+        mass = (logits - normaliser).masked_fill(~votes.unsqueeze(-1), _NEVER).logsumexp(dim=-2)
+        masses.append(mass.masked_fill(~is_seen, _NEVER))
+    return torch.cat(masses, dim=-1)
+
+
+def best_leaves(
+    voters: torch.Tensor, votes: torch.Tensor, leaves: Leaves, seen: SeenLeaves, *, scale: float,
+    num_leaves: int,
+) -> torch.Tensor:  # fmt: skip
+    """Return the leaves of every tile with the best `leaf_scores`, best first.
+
+    Returns:
+        int64 `[batch, query_heads, tiles, num_leaves]` (fewer where there are fewer leaves); where
+        a tile sees fewer, the last ones are any.
+        Cost O(tiles voters leaves d) time; the scores are made in chunks of bounded memory.
+    """
+    batch, heads, num_tiles, num_voters, dim = voters.shape
+    num_near = seen.near.shape[1]
+    count = min(num_leaves, seen.num_far + num_near)
+    # the logits and three things made of them; the mean keys of near leaves
+    needed = 4 * batch * heads * (4 * num_voters * (seen.num_far + num_near) + num_near * dim)
+    step = max(1, _CHUNK_BYTES // needed)
+    best = []
+    for start in range(0, num_tiles, step):
+        part = slice(start, start + step)
+        here = SeenLeaves(seen.num_far, seen.far[part], seen.near[part], seen.is_near[part])
+        scores = leaf_scores(voters[:, :, part], votes[part], leaves, here, scale=scale)
+        chosen = scores.topk(count, dim=-1).indices
+        if num_near:
+            place = (chosen - seen.num_far).clamp(min=0)
+            near = here.near.expand(batch, heads, -1, -1).gather(-1, place)
+            chosen = torch.where(chosen < seen.num_far, chosen, near)
+        best.append(chosen)
+    return best[0] if len(best) == 1 else torch.cat(best, dim=2)
+
+
+def lists_of_leaves(
+    chosen: torch.Tensor, leaves: Leaves, seen: SeenLeaves
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the keys of chosen leaves as lists of tiles.
+
+    Args:
+        chosen: from `best_leaves`.
+        leaves: the leaves.
+        seen: which of them each tile sees.
+
+    Returns:
+        int32 `[batch, query_heads, tiles, chosen * longest]`, and int64 counts, one dimension less.
+    """
+    batch, heads, num_tiles, num_chosen = chosen.shape
+    key_heads, _, longest = leaves.keys.shape[1:]
+    flat = chosen.reshape(batch, key_heads, -1, 1).expand(-1, -1, -1, longest)
+    index = leaves.keys.int().gather(2, flat).view(batch, heads, num_tiles, num_chosen * longest)
+    # leaves that are not seen have the last scores
+    num_seen = (seen.far + seen.is_near.sum(dim=-1)).clamp(max=num_chosen)
+    count = (num_seen * longest).expand(batch, heads, -1)
+    if leaves.is_even:
+        return index, count
+    slot = torch.arange(longest, device=chosen.device)
+    is_there = slot < leaves.sizes[chosen].unsqueeze(-1)
+    return keep_in_lists(index, count, is_there.flatten(3))

@@ -1,0 +1,63 @@
+"""Pooled top-k: the key blocks that pooled queries of a tile attend to most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..component import check_positive_int
+from .leaf_detector import AbstractLeafDetector
+
+__all__ = ["PooledTopK"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledTopK(AbstractLeafDetector):
+    """Blocks of consecutive keys, by the softmax scores of a tile's pooled queries on mean keys.
+
+    Every `block_size` keys in a row are a block. The means of `num_means` runs of a tile's queries
+    attend to the mean keys of the blocks; the tile holds the `num_blocks` blocks with the largest
+    mass, summed over the runs, each with a softmax of its own. Causality is that of
+    `AbstractLeafDetector`.
+
+    Means blur single heavy keys. As a first stage of `refined`, beside columns, its blocks are
+    candidates that columns do not find.
+
+    Args:
+        tile_size: rows of a tile.
+        num_means: runs of a tile whose mean queries choose; 1 pools the whole tile.
+        chunk_size: as in `AbstractLeafDetector`.
+        block_size: keys of a block.
+        num_blocks: blocks held by a tile.
+
+    Cost: O(n_q n_k d num_means / (tile_size block_size)) time, by default 1/256 of the logits;
+    memory O(n). Deterministic. No gradient.
+    Source: block scores from pooled queries and keys (MInference, arXiv 2407.02490; SeerAttention).
+
+    Example:
+        >>> q, k = torch.zeros(1, 1, 64, 4), torch.zeros(1, 1, 64, 4)
+        >>> q[..., 0], k[:, :, 32:48, 0] = 1.0, 9.0
+        >>> mask = PooledTopK(num_blocks=1).find(q, k)
+        >>> mask.to_dense()[0, 0, 0].nonzero().squeeze(1).tolist() == list(range(32, 48))
+        True
+    """
+
+    registry_name: ClassVar[str | None] = "pooled_topk"
+
+    block_size: int = 16
+    num_blocks: int = 16
+
+    def __post_init__(self) -> None:
+        """Check the parameters."""
+        super().__post_init__()
+        check_positive_int(self, "block_size", self.block_size)
+        check_positive_int(self, "num_blocks", self.num_blocks)
+
+    def _sizes(self) -> tuple[int, int]:
+        return self.block_size, self.num_blocks
+
+    def _order(self, points: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        place = torch.arange(points.shape[3], device=points.device)
+        return place.expand(points.shape[:4])

@@ -1,0 +1,180 @@
+"""The parts of `vertical_slash`: rows that vote, the mass of diagonals, and keys on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..precision import without_autocast
+from ..randomness import uniform
+from .blocks import delayed
+
+__all__ = [
+    "Cut",
+    "diagonal_keys",
+    "diagonal_mass",
+    "run_mass",
+    "softmax_of_seen",
+    "voter_logits",
+    "voters_of_runs",
+]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Cut:
+    """How the rows of a call are cut into tiles and segments."""
+
+    num_tiles: int
+    tiles_each: int  # tiles of a segment
+    tile_size: int
+    num_segments: int
+    shift: int  # key position of row 0
+    is_causal: bool
+    run: int  # keys of a run of diagonals
+    first_offset: int  # smallest offset of a diagonal
+    stop_offset: int  # one past the largest one
+    device: torch.device
+
+    @property
+    def rows(self) -> int:
+        """Rows of a segment."""
+        return self.tiles_each * self.tile_size
+
+    @property
+    def begin(self) -> torch.Tensor:
+        """Key position of the first row of each segment: int64 `[segments]`."""
+        return torch.arange(self.num_segments, device=self.device) * self.rows + self.shift
+
+    @property
+    def first(self) -> torch.Tensor:
+        """Key position of the first row of each tile: int64 `[tiles]`."""
+        return torch.arange(self.num_tiles, device=self.device) * self.tile_size + self.shift
+
+    def num_before(self, num_keys: int) -> torch.Tensor:
+        """Keys for which the rows of each segment may vote: int64 `[segments]`."""
+        if self.is_causal:
+            return self.begin.clamp(min=0)
+        return torch.full_like(self.begin, num_keys)
+
+
+def voters_of_runs(
+    query: torch.Tensor, earlier_query: torch.Tensor | None, generator: torch.Generator | None, *,
+    size: int, count: int, num_voters: int, strict: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return the rows that vote for runs of rows: one in each of `num_voters` equal parts.
+
+    Args:
+        query: `[batch, query_heads, n_q, d]`.
+        earlier_query: queries before those, for the strict form, or None.
+        generator: source of the draws; None takes the middle of each part.
+        size: rows of a run.
+        count: how many runs.
+        num_voters: rows that vote for a run.
+        strict: the voters are of the `size` rows that end with the run's first one.
+
+    Returns:
+        `[batch, query_heads, count, num_voters, d]`, and their rows, int64 `[count, num_voters]`.
+    """
+    first = torch.arange(count, device=query.device).unsqueeze(-1) * size
+    length = (query.shape[2] - first).clamp(max=size)
+    if strict:
+        query, length = delayed(query, earlier_query, size - 1), torch.full_like(first, size)
+    drawn: torch.Tensor | float = 0.5
+    if generator is not None:
+        drawn = uniform((count, num_voters), query.device, generator)
+    number = torch.arange(num_voters, dtype=torch.float64, device=query.device)
+    within = ((number + drawn) * length / num_voters).long()
+    row = first + torch.minimum(within, length - 1)
+    voters = query[:, :, row.flatten()].unflatten(2, (count, num_voters))
+    if strict:
+        known = 0 if earlier_query is None else earlier_query.shape[2]
+        row = (row - (size - 1)).clamp(min=-known)
+    return voters, row
+
+
+def diagonal_mass(
+    mass: torch.Tensor, position: torch.Tensor, *, first_offset: int, num_offsets: int
+) -> torch.Tensor:
+    """Return the mass of every diagonal: of the keys at each offset before some rows.
+
+    Args:
+        mass: `[batch, heads, segments, rows, keys]`.
+        position: int64 `[segments, rows]`, key positions of the rows.
+        first_offset: the smallest offset (position of the row less position of the key).
+        num_offsets: how many offsets.
+
+    Returns:
+        `[batch, heads, segments, num_offsets]`, sums over the rows.
+    """
+    offset = torch.arange(num_offsets, device=mass.device) + first_offset
+    place = position.unsqueeze(-1) - offset
+    is_key = (place >= 0) & (place < mass.shape[-1])
+    index = place.clamp(0, mass.shape[-1] - 1).expand(*mass.shape[:2], -1, -1, -1)
+    return torch.where(is_key, mass.gather(-1, index), 0).sum(dim=3)
+
+
+def run_mass(diagonals: torch.Tensor, run: int, tile_size: int) -> torch.Tensor:
+    """Return the mass that runs of keys catch in a tile, going by the mass of the diagonals.
+
+    A key at offset `o` before the first row of a tile lies on the diagonals `o` to
+    `o + tile_size - 1`. Mass counts as spread evenly over `run` neighbouring diagonals.
+
+    Args:
+        diagonals: `[..., runs * run]`, the mass of the diagonals from some offset on.
+        run: keys of a run; divides `tile_size`.
+        tile_size: rows of a tile.
+
+    Returns:
+        `[..., runs]`: run `r` is the keys of the offsets `[r * run, (r + 1) * run)` from that one.
+    """
+    blocks = diagonals.unflatten(-1, (-1, run)).sum(dim=-1)
+    width = tile_size // run
+    padded = torch.nn.functional.pad(blocks, (0, width))
+    box = padded.unfold(-1, width, 1).sum(dim=-1)
+    # rows and keys that meet in the first and in the last block are about half of a block's
+    return box[..., :-1] * ((run + 1) / 2) + box[..., 1:] * ((run - 1) / 2)
+
+
+def diagonal_keys(
+    cut: Cut, votes: torch.Tensor, mine: torch.Tensor, *, count: int, min_offset: int, num_keys: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the keys of the best runs of diagonals before each tile.
+
+    Args:
+        cut: how the rows are cut.
+        votes: `[batch, heads, votings, runs]`, the mass that the runs catch, from `run_mass`.
+        mine: int64 `[tiles]`, the voting that each tile goes by.
+        count: keys of a tile, at most.
+        min_offset: runs nearer than this to all rows of a tile are left out.
+        num_keys: keys of the call.
+
+    Returns:
+        int32 `[batch, heads, tiles, keys]`, ascending, and how many of them are used, int64
+        `[batch, heads, tiles]`. Runs without mass are not.
+    """
+    offset = torch.arange(votes.shape[-1], device=votes.device) * cut.run + cut.first_offset
+    farthest = offset + cut.run + cut.tile_size - 2  # of the last key and the last row
+    is_near = (offset > -min_offset) & (farthest < min_offset)
+    best = votes.masked_fill(is_near, 0).topk(count // cut.run, dim=-1)
+    back = offset[best.indices[:, :, mine]].unsqueeze(-1)  # [B, H, tiles, runs, 1]
+    within = torch.arange(cut.run, device=votes.device)
+    keys = cut.first.view(-1, 1, 1) - back - within
+    is_held = (best.values[:, :, mine] > 0).unsqueeze(-1) & (keys >= 0) & (keys < num_keys)
+    ordered = torch.where(is_held, keys, num_keys).int().flatten(3).sort(dim=-1).values
+    return ordered.clamp(max=num_keys - 1), is_held.flatten(3).sum(dim=-1)
+
+
+def voter_logits(voters: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return logits `[B, H, S, R, L]` of `[B, H, S, R, d]` and `[B, key_heads, S, L, d]`."""
+    dtype = torch.promote_types(key.dtype, torch.float32)
+    grouped = (voters.to(dtype) * scale).unflatten(1, (key.shape[1], -1)).transpose(2, 3)
+    with without_autocast(key):  # rows of a group side by side
+        logits = grouped.flatten(3, 4) @ key.to(dtype).transpose(-1, -2)
+    spread: torch.Tensor = logits.unflatten(3, grouped.shape[3:5]).transpose(2, 3).flatten(1, 2)
+    return spread
+
+
+def softmax_of_seen(logits: torch.Tensor, is_hidden: torch.Tensor) -> torch.Tensor:
+    """Return the softmax over the keys that are not hidden; finite where all of them are."""
+    return torch.softmax(logits.masked_fill(is_hidden, torch.finfo(logits.dtype).min), dim=-1)

@@ -1,0 +1,257 @@
+"""Vertical and slash lines: columns and diagonals that sampled queries attend to most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+from typing import ClassVar
+
+import torch
+
+from ..component import check_non_negative_int, check_positive_int
+from ..masks import HeavyMask, ListMask, UnionMask
+from ..precision import without_autocast
+from .base import AbstractDetector, default_scale
+from .blocks import filled_runs
+from .slashes import (
+    Cut,
+    diagonal_keys,
+    diagonal_mass,
+    run_mass,
+    softmax_of_seen,
+    voter_logits,
+    voters_of_runs,
+)
+
+__all__ = ["VerticalSlash"]
+
+_CHUNK_BYTES = 64 << 20  # of logits of voters, and what is made of them, held at once
+_LONGEST_RUN = 16  # keys of a run of diagonals
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerticalSlash(AbstractDetector):
+    """Columns and diagonals of the attention matrix, chosen by the attention of sampled rows.
+
+    The rows are cut into at most `num_segments` segments of whole tiles. `num_queries` rows of each
+    segment vote by their softmax scores over all keys. The columns with most of their mass are
+    held by the rows of the segment; diagonals (the keys at one distance before each row) by the
+    votes of all segments. Votes for a column of the segment before do not count for diagonals.
+
+    A tile shares its keys, so it holds diagonals as runs of up to 16 keys at fixed distances before
+    its first row: those that catch most of the diagonals' mass, `num_diagonals` keys in all. One
+    sharp diagonal takes `tile_size + 15` keys; the wider a diagonal is, the less is lost.
+
+    Under `is_causal` the rows of a segment vote for columns before it, and the votes of the
+    segments before it choose its diagonals. Up to a quarter of a tile's columns are keys of its own
+    segment before the tile, voted for by `num_queries` rows of the tile. The tile's own keys are
+    held as well. No key moves the choice of an earlier row. In the strict form the voters are from
+    the rows, as many as a segment (or tile) has, that end with its first one.
+
+    Args:
+        num_columns: columns held by a row.
+        num_diagonals: keys on diagonals held by a row.
+        num_queries: rows that vote, in each segment and each tile.
+        num_segments: segments of rows with columns and diagonals of their own.
+        min_offset: diagonals, and keys of the own segment, that are nearer than this to all rows of
+            a tile are left to others: to a sliding window beside of this width.
+        tile_size: rows of a tile.
+
+    Cost: O(num_segments num_queries n_k d) time; under `is_causal` another O(n_q^2 num_queries d /
+    (num_segments tile_size)) for the keys of the own segments, where the segments are longer than
+    a tile. Scores of some segments are held at a time; memory O(n d + n_q (num_columns +
+    num_diagonals) / tile_size + num_segments n_k / run). The rows are random, one in each of
+    `num_queries` equal runs (without a generator: the middle one). No gradient.
+    Source: the vertical-slash pattern of MInference (arXiv 2407.02490), where the last 64 queries
+    choose for all rows. Here rows of the own segment choose, without looking ahead.
+
+    Example:
+        >>> q = torch.eye(32).expand(1, 1, 32, 32) * 9
+        >>> k = q.roll(-5, dims=2)  # row i attends to key i - 5
+        >>> slash = VerticalSlash(num_columns=1, num_diagonals=8, tile_size=8)
+        >>> mask = slash.find(q, k, is_causal=True)
+        >>> mask.to_dense()[0, 0, 16:].diagonal(offset=11).sum().item()
+        16
+    """
+
+    takes_stream: ClassVar[bool] = True
+
+    num_columns: int = 192
+    num_diagonals: int = 64
+    num_queries: int = 8
+    num_segments: int = 64
+    min_offset: int = 0
+    tile_size: int = 64
+
+    def __post_init__(self) -> None:
+        """Check the parameters."""
+        check_positive_int(self, "num_columns", self.num_columns)
+        check_positive_int(self, "num_diagonals", self.num_diagonals)
+        check_positive_int(self, "num_queries", self.num_queries)
+        check_positive_int(self, "num_segments", self.num_segments)
+        check_non_negative_int(self, "min_offset", self.min_offset)
+        check_positive_int(self, "tile_size", self.tile_size)
+
+    def find(
+        self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
+        is_causal: bool = False, generator: torch.Generator | None = None,
+    ) -> HeavyMask:  # fmt: skip
+        """Return columns and diagonals; see the class and `AbstractDetector.find`."""
+        with torch.no_grad():
+            return self._find(query, key, scale, is_causal, generator, None, strict=False)
+
+    def find_strict(
+        self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
+        is_causal: bool = False, generator: torch.Generator | None = None,
+        earlier_query: torch.Tensor | None = None,
+    ) -> HeavyMask:  # fmt: skip
+        """Return columns and diagonals for which no later query voted."""
+        with torch.no_grad():
+            return self._find(query, key, scale, is_causal, generator, earlier_query, strict=True)
+
+    def find_rectangle(
+        self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
+        generator: torch.Generator | None = None, query_start: int = 0, key_start: int = 0,
+        first_row: int = 0, first_key: int = 0, earlier_query: torch.Tensor | None = None,
+        strict: bool = False,
+    ) -> HeavyMask:  # fmt: skip
+        """Return columns and diagonals of a rectangle; positions matter to `min_offset` only."""
+        shift = max(query_start - key_start, key.shape[2])
+        with torch.no_grad():
+            return self._find(
+                query, key, scale, False, generator, earlier_query, strict=strict, shift=shift
+            )
+
+    def _find(
+        self, query: torch.Tensor, key: torch.Tensor, scale: float | None, is_causal: bool,
+        generator: torch.Generator | None, earlier_query: torch.Tensor | None, *, strict: bool,
+        shift: int | None = None,
+    ) -> HeavyMask:  # fmt: skip
+        batch, heads, num_queries, _ = query.shape
+        num_keys, size = key.shape[2], self.tile_size
+        shift = num_keys - num_queries if shift is None else shift
+        num_tiles = -(-num_queries // size)
+        tiles_each = -(-num_tiles // self.num_segments)
+        cut = Cut(
+            num_tiles=num_tiles, tiles_each=tiles_each, tile_size=size,
+            num_segments=-(-num_tiles // tiles_each), shift=shift,
+            is_causal=is_causal, run=gcd(size, self.num_diagonals, _LONGEST_RUN),
+            first_offset=1 if is_causal else shift - num_keys + 1,
+            stop_offset=shift + num_queries, device=query.device,
+        )  # fmt: skip
+        source = (query, earlier_query if strict else None, generator)
+        scale, votes_each = default_scale(query, scale), self.num_queries
+        voting = voters_of_runs(
+            *source, size=cut.rows, count=cut.num_segments, num_voters=votes_each, strict=strict
+        )
+        columns, votes = self._scan(cut, voting, key, scale)
+        lists, share = [], torch.zeros_like(cut.first)
+        if is_causal and tiles_each > 1:
+            voters, _ = voters_of_runs(
+                *source, size=size, count=num_tiles, num_voters=votes_each, strict=strict
+            )
+            near, share = self._near(cut, voters, key, scale)
+            lists.append((near, share))
+        mine = torch.arange(num_tiles, device=query.device) // tiles_each
+        count = torch.minimum(columns.shape[-1] - share, cut.num_before(num_keys)[mine])
+        lists.append((columns[:, :, mine], count))
+        if is_causal or strict:
+            earlier = votes.new_ones(cut.num_segments, cut.num_segments).tril(0 if strict else -1)
+            with without_autocast(votes):
+                votes = earlier @ votes
+        else:
+            votes, mine = votes.sum(dim=2, keepdim=True), torch.zeros_like(mine)
+        lists.append(
+            diagonal_keys(
+                cut, votes, mine, count=self.num_diagonals, min_offset=self.min_offset,
+                num_keys=num_keys,
+            )
+        )  # fmt: skip
+        if is_causal:
+            first = cut.first.clamp(min=0)
+            own = first.unsqueeze(-1) + torch.arange(size, device=query.device)
+            stop = (cut.first + size).clamp(min=0, max=num_keys)
+            lists.append((own.clamp(max=num_keys - 1), stop - first))
+        shape = (batch, heads, num_tiles)
+        masks = [
+            ListMask(
+                batch_size=batch, num_query_heads=heads, num_queries=num_queries,
+                num_keys=num_keys, is_causal=is_causal, key_index=index.int().expand(*shape, -1),
+                key_count=count.int().expand(shape), tile_size=size,
+            )
+            for index, count in lists
+        ]  # fmt: skip
+        return UnionMask.of(*masks)
+
+    def _scan(
+        self, cut: Cut, voting: tuple[torch.Tensor, torch.Tensor], key: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Columns of the segments, best first, and the mass of runs of diagonals in each."""
+        (voters, row), (batch, heads, *_), num_keys = voting, voting[0].shape, key.shape[2]
+        longest = min(self.num_columns, num_keys)
+        least = self.num_diagonals // cut.run
+        num_runs = max(-(-(cut.stop_offset - cut.first_offset) // cut.run), least)
+        seen = cut.num_before(num_keys).unsqueeze(-1)  # [S, 1]
+        columns: list[torch.Tensor] = []
+        votes: list[torch.Tensor] = []
+        num_offsets = num_runs * cut.run
+        held = 16 * batch * heads * self.num_queries * (num_keys + num_offsets)
+        step = max(1, _CHUNK_BYTES // held)
+        for start in range(0, cut.num_segments, step):
+            part = slice(start, start + step)
+            keys = key
+            if cut.is_causal:  # nobody here sees more
+                keys = key[:, :, : max(longest, cut.shift + (start + step) * cut.rows)]
+            rows = voters[:, :, part].flatten(2, 3).unsqueeze(2)
+            logits = voter_logits(rows, keys.unsqueeze(2), scale).squeeze(2)
+            logits = logits.unflatten(2, (-1, self.num_queries))  # [B, H, S, R, keys]
+            place = torch.arange(keys.shape[2], device=key.device)
+            is_hidden = place >= seen[part]
+            mass = softmax_of_seen(logits, is_hidden.unsqueeze(1)).sum(dim=3)
+            best = mass.masked_fill(is_hidden, -1.0).topk(longest, dim=-1).indices
+            # what the segment before holds as columns is no diagonal; the first has its own
+            rank = torch.arange(longest, device=key.device)
+            used = torch.where(rank < seen[part], best, num_keys).int()
+            last = columns[-1][:, :, -1:] if columns else used[:, :, :1]
+            earlier = torch.cat([last, used[:, :, :-1]], dim=2)
+            earlier = earlier.clamp(max=keys.shape[2]).long()
+            is_column = logits.new_zeros((*used.shape[:3], keys.shape[2] + 1), dtype=torch.bool)
+            is_column = is_column.scatter_(-1, earlier, True)[..., :-1]
+            position = row[part] + cut.shift
+            is_later = place > position.unsqueeze(-1) if cut.is_causal else place < 0
+            mass = softmax_of_seen(logits, is_later).masked_fill(is_column.unsqueeze(3), 0)
+            diagonals = diagonal_mass(
+                mass, position, first_offset=cut.first_offset, num_offsets=num_offsets
+            )
+            columns.append(used)
+            votes.append(run_mass(diagonals, cut.run, cut.tile_size))
+        return torch.cat(columns, dim=2).clamp(max=num_keys - 1), torch.cat(votes, dim=2)
+
+    def _near(
+        self, cut: Cut, voters: torch.Tensor, key: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Columns of each tile among the keys of its segment before it, and how many they are."""
+        batch, heads = voters.shape[:2]
+        own = key[:, :, max(0, cut.shift) :]
+        if cut.shift < 0:  # rows before every key: zeros stand in
+            own = torch.nn.functional.pad(own, (0, 0, -cut.shift, 0))
+        own = filled_runs(own, cut.rows, cut.num_segments)
+        rows = filled_runs(voters.flatten(3), cut.tiles_each, cut.num_segments)
+        rows = rows.unflatten(4, (self.num_queries, -1)).flatten(3, 4)  # [B, H, S, tiles R, d]
+        place = torch.arange(cut.rows, device=key.device)
+        stop = torch.arange(cut.tiles_each, device=key.device) * cut.tile_size
+        stop = stop - max(0, self.min_offset - cut.tile_size)
+        absent = (-cut.begin).clamp(min=0).unsqueeze(-1)  # [S, 1]
+        is_hidden = (place >= stop.unsqueeze(-1)) | (place < absent.unsqueeze(-1))
+        count = min(max(1, self.num_columns // 4), cut.rows - cut.tile_size, key.shape[2])
+        step = max(1, _CHUNK_BYTES // (12 * batch * heads * rows.shape[3] * cut.rows))
+        found = []
+        for start in range(0, cut.num_segments, step):
+            part = slice(start, start + step)
+            logits = voter_logits(rows[:, :, part], own[:, :, part], scale)
+            logits = logits.unflatten(3, (cut.tiles_each, -1))  # [B, H, S, tiles, R, keys]
+            mass = softmax_of_seen(logits, is_hidden[part].unsqueeze(2)).sum(dim=4)
+            found.append(mass.masked_fill(is_hidden[part], -1.0).topk(count, dim=-1).indices.int())
+        index = torch.cat(found, dim=2) + cut.begin.view(-1, 1, 1)
+        held = (stop - absent).clamp(min=0, max=count)
+        return index.flatten(2, 3)[:, :, : cut.num_tiles], held.flatten()[: cut.num_tiles]

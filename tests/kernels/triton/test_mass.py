@@ -1,0 +1,109 @@
+"""The kernel of tile masses gives what torch does; on a GPU, else interpreted."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hyperframe.kernels.mass import NO_WINDOW, Window, tile_mass, torch_tile_mass
+
+pytest.importorskip("triton")
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+
+from hyperframe.kernels.triton import mass as kernels  # noqa: E402
+
+DEVICE = "cuda" if ON_GPU else "cpu"
+# the interpreter computes no products of bfloat16
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU
+
+
+def problem(
+    *, size: int = 8, slots: int = 70, num_keys: int = 90, heads: int = 2, key_heads: int = 1,
+    dim: int = 16, offset: int = 20, dtype: torch.dtype = torch.float32, delayed: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+    tiles = 3
+    voters = torch.randn((2, heads, tiles, size, dim), generator=g)
+    key = torch.randn((2, key_heads, num_keys, dim), generator=g)
+    drawn = torch.rand((2, heads, tiles, max(num_keys, slots)), generator=g).argsort(dim=-1)
+    index = drawn[..., :slots].clamp(max=num_keys)
+    begin = torch.arange(tiles) * size + offset
+    rows = torch.tensor([size, size, max(1, size - 3)])
+    return {
+        "voters": voters.to(DEVICE, dtype), "rows": rows.to(DEVICE),
+        "position": (begin - (size - 1) * delayed).to(DEVICE), "key": key.to(DEVICE, dtype),
+        "index": index.to(DEVICE), "begin": begin.to(DEVICE),
+    }  # fmt: skip
+
+
+def compare(given: dict[str, Any], window: Window, tolerance: float = 1e-4, **options: Any) -> None:
+    options = {"scale": 0.6, "is_causal": True, "is_delayed": False} | options
+    found = kernels.triton_tile_mass(**given, window=tuple(window), **options)
+    exact = {
+        name: x.double() if x.is_floating_point() else x for name, x in given.items()
+    }  # fmt: skip
+    expected = torch_tile_mass(**exact, window=window, **options)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@given(
+    left=st.integers(-1, 30), right=st.integers(0, 9), sinks=st.integers(0, 12),
+    offset=st.integers(-30, 70), slots=st.integers(1, 90), is_causal=st.booleans(),
+    delayed=st.booleans(), size=st.integers(1, 20), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_any_window_and_any_position(
+    left: int, right: int, sinks: int, offset: int, slots: int, is_causal: bool, delayed: bool,
+    size: int, seed: int,
+) -> None:  # fmt: skip
+    window = NO_WINDOW if left < 0 else Window(left, 0 if is_causal else right, sinks)
+    given_ = problem(size=size, slots=slots, offset=offset, delayed=delayed, seed=seed)
+    compare(given_, window, is_causal=is_causal, is_delayed=delayed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim, heads, key_heads", [(16, 1, 1), (40, 4, 2), (128, 2, 2)])
+def test_head_sizes_groups_and_dtypes(
+    dtype: torch.dtype, dim: int, heads: int, key_heads: int
+) -> None:
+    given_ = problem(dim=dim, heads=heads, key_heads=key_heads, dtype=dtype, size=16)
+    compare(given_, Window(9, 0, 3), 1e-4 if dtype == torch.float32 else 2e-3, scale=0.2)
+
+
+def test_rows_that_see_nothing_have_no_mass_and_what_is_no_candidate_has_minus_one() -> None:
+    given_ = problem(offset=0)
+    given_["index"] = torch.full_like(given_["index"], 90)
+    given_["index"][..., 0] = 89
+    found = kernels.triton_tile_mass(
+        **given_, window=NO_WINDOW, scale=1.0, is_causal=True, is_delayed=False
+    )
+    assert (found[..., 0] == 0).all()
+    assert (found[..., 1:] == -1).all()
+
+
+def test_the_operator_keeps_the_rules_of_torch() -> None:
+    given_ = problem()
+    torch.library.opcheck(
+        torch.ops.hyperframe.tile_mass.default,
+        (*given_.values(), [5, 0, 2], 0.5, True, False),
+    )
+    by_name = tile_mass(**given_, window=Window(5, 0, 2), scale=0.5, is_causal=True)
+    assert by_name.shape == given_["index"].shape
+
+
+def test_what_the_kernel_does_not_take_is_said() -> None:
+    given_ = problem()
+    assert kernels.supports(given_["voters"], given_["key"])
+    assert not kernels.supports(given_["voters"].double(), given_["key"].double())
+    assert not kernels.supports(
+        given_["voters"][..., :1].repeat(1, 1, 1, 1, 300),
+        given_["key"][..., :1].repeat(1, 1, 1, 300),
+    )
