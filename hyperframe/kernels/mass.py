@@ -53,7 +53,8 @@ def tile_mass(
         rows: integer `[tiles]`, how many voters there are; the others do not count.
         position: integer `[tiles]`, key position of the first voter.
         key: `[batch, key_heads, n_k, d]`, of the same dtype.
-        index: int32 or int64 `[batch, query_heads, tiles, L]`, distinct candidates; `n_k` for none.
+        index: int32 or int64 `[batch, query_heads, tiles, L]`, candidates, ascending, none twice;
+            `n_k` fills the rest.
         begin: integer `[tiles]`, key position of the first row of the tile.
         window: what bands hold.
         scale: factor of the logits.
@@ -160,8 +161,10 @@ def _logits(
     """Logits `[B, H, T, S, L]` of voters `[B, H, T, S, d]` and the keys of lists `[B, H, T, L]`."""
     dtype = torch.promote_types(key.dtype, torch.float32)
     batch, heads, tiles, length = index.shape
-    flat = index.long().reshape(batch, key.shape[1], -1, 1).expand(-1, -1, -1, key.shape[-1])
-    listed = key.gather(2, flat).to(dtype).view(batch, heads, tiles, length, -1)
+    dim = key.shape[-1]
+    flat = index.long().reshape(batch, key.shape[1], heads // key.shape[1] * tiles * length, 1)
+    listed = key.gather(2, flat.expand(-1, -1, -1, dim)).to(dtype)
+    listed = listed.view(batch, heads, tiles, length, dim)
     with without_autocast(key):
         logits: torch.Tensor = (voters.to(dtype) * scale) @ listed.transpose(-1, -2)
     return logits

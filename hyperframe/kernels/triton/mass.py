@@ -25,14 +25,45 @@ def held_by_window(key, position, left, right, num_sinks):
 
 
 @triton.jit
-def add_block(q, k, hidden, top, total, factor, PRECISION: tl.constexpr):
-    """Return the running maximum and sum of the rows with one more block, and its logits."""
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
-    logits = tl.where(hidden, float("-inf"), logits)
+def add_block(logits, top, total):
+    """Return the running maximum and sum of the rows with the logits of one more block."""
     new_top = tl.maximum(top, tl.max(logits, 1))
     shift = tl.where(new_top == float("-inf"), 0.0, new_top)
     total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
     return new_top, total
+
+
+@triton.jit
+def block_logits(
+    q, k_ptr, k_row, index_ptr, key, start, slots, dim, position, first_position, num_keys, left,
+    right, num_sinks, factor, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return the logits of a block of candidates, `-inf` where a row gives a key no mass.
+
+    Candidates ascend, so the first and the last key of the block tell whether to look at all.
+    """
+    k = load_rows(
+        k_ptr, tl.minimum(key, num_keys - 1)[:, None], k_row, dim[None, :], k_ptr, num_keys, D,
+        BLOCK_D, False, WIDE,
+    )  # fmt: skip
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+    first = tl.load(index_ptr + start).to(tl.int32)
+    last = tl.load(index_ptr + tl.minimum(start + BLOCK_N, slots) - 1).to(tl.int32)
+    is_tested = (last >= num_keys) | (start + BLOCK_N > slots)
+    if HAS_WINDOW:
+        is_tested = is_tested | (first < num_sinks) | (last >= first_position - left)
+    if IS_CAUSAL:
+        is_tested = is_tested | (last > first_position)
+    if is_tested:
+        hidden = (key >= num_keys)[None, :] & (position > -0x7FFFFFFF)[:, None]
+        if HAS_WINDOW:
+            hidden |= held_by_window(key[None, :], position[:, None], left, right, num_sinks)
+        if IS_CAUSAL:
+            hidden |= key[None, :] > position[:, None]
+        logits = tl.where(hidden, float("-inf"), logits)
+    return logits
 
 
 @triton.jit(
@@ -68,25 +99,25 @@ def tile_mass_kernel(
     lane = tl.arange(0, BLOCK_N)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    first_position = tl.load(position_ptr + tile)
+    # keys are loaded a block ahead: the gathers do not wait for them
+    next_key = tl.load(index_ptr + lane, mask=lane < slots, other=num_keys).to(tl.int32)
     for start in range(0, slots, BLOCK_N):
-        slot = start + lane
-        key = tl.load(index_ptr + slot, mask=slot < slots, other=num_keys).to(tl.int32)
-        k = load_rows(
-            k_ptr, tl.minimum(key, num_keys - 1)[:, None], k_row, dim[None, :], k_ptr, num_keys, D,
-            BLOCK_D, False, WIDE,
+        key = next_key
+        later = start + BLOCK_N + lane
+        next_key = tl.load(index_ptr + later, mask=later < slots, other=num_keys).to(tl.int32)
+        logits = block_logits(
+            q, k_ptr, k_row, index_ptr, key, start, slots, dim, position, first_position, num_keys,
+            left, right, num_sinks, factor, D, BLOCK_N, BLOCK_D, HAS_WINDOW, IS_CAUSAL, WIDE,
+            PRECISION,
         )  # fmt: skip
-        hidden = (key >= num_keys)[None, :] & (row >= 0)[:, None]
-        if HAS_WINDOW:
-            hidden |= held_by_window(key[None, :], position[:, None], left, right, num_sinks)
-        if IS_CAUSAL:
-            hidden |= key[None, :] > position[:, None]
-        top, total = add_block(q, k, hidden, top, total, factor, PRECISION)
+        top, total = add_block(logits, top, total)
     if HAS_WINDOW:
         # sinks, then the keys around the tile
         for start in range(0, num_sinks + span, BLOCK_N):
             slot = start + lane
             is_sink = slot < num_sinks
-            near = tl.load(position_ptr + tile) - left + (slot - num_sinks)
+            near = first_position - left + (slot - num_sinks)
             key = tl.where(is_sink, slot, near)
             real = (key < num_keys) & (is_sink | ((key >= num_sinks) & (slot < num_sinks + span)))
             if IS_CAUSAL:
@@ -100,26 +131,24 @@ def tile_mass_kernel(
             )
             if IS_CAUSAL:
                 held = held & (key[None, :] <= position[:, None])
-            top, total = add_block(q, k, held == 0, top, total, factor, PRECISION)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+            top, total = add_block(tl.where(held, logits, float("-inf")), top, total)
     # rows that see nothing, and rows that do not count, give no mass
     gives = (total > 0.0) & counts
     lse = tl.where(gives, top + tl.log2(tl.where(gives, total, 1.0)), float("inf"))
+    next_key = tl.load(index_ptr + lane, mask=lane < slots, other=num_keys).to(tl.int32)
     for start in range(0, slots, BLOCK_N):
-        slot = start + lane
-        key = tl.load(index_ptr + slot, mask=slot < slots, other=num_keys).to(tl.int32)
-        k = load_rows(
-            k_ptr, tl.minimum(key, num_keys - 1)[:, None], k_row, dim[None, :], k_ptr, num_keys, D,
-            BLOCK_D, False, WIDE,
+        key = next_key
+        later = start + BLOCK_N + lane
+        next_key = tl.load(index_ptr + later, mask=later < slots, other=num_keys).to(tl.int32)
+        logits = block_logits(
+            q, k_ptr, k_row, index_ptr, key, start, slots, dim, position, first_position, num_keys,
+            left, right, num_sinks, factor, D, BLOCK_N, BLOCK_D, HAS_WINDOW, IS_CAUSAL, WIDE,
+            PRECISION,
         )  # fmt: skip
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
-        hidden = (key >= num_keys)[None, :] & (row >= 0)[:, None]
-        if HAS_WINDOW:
-            hidden |= held_by_window(key[None, :], position[:, None], left, right, num_sinks)
-        if IS_CAUSAL:
-            hidden |= key[None, :] > position[:, None]
-        share = tl.where(hidden, 0.0, tl.exp2(logits - lse[:, None]))
-        mass = tl.where(key < num_keys, tl.sum(share, 0), -1.0)
-        tl.store(mass_ptr + slot, mass, mask=slot < slots)
+        mass = tl.sum(tl.exp2(logits - lse[:, None]), 0)
+        slot = start + lane
+        tl.store(mass_ptr + slot, tl.where(key < num_keys, mass, -1.0), mask=slot < slots)
 
 
 def supports(voters: torch.Tensor, key: torch.Tensor) -> bool:
