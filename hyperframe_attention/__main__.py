@@ -1,7 +1,8 @@
 """The program `hyperframe`, also `python -m hyperframe_attention`.
 
-hyperframe doctor   # what is installed, and how to repair it; needs no other package
-hyperframe bench    # times and errors beside the exact kernels; needs the extra `cli`
+hyperframe doctor     # what is installed, and how to repair it; needs no other package
+hyperframe bench      # times and errors beside the exact kernels; needs the extra `cli`
+hyperframe frontier   # detectors x budgets on captured heads; needs the extra `cli`
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; None takes those of the process.
 
     Returns:
-        For `doctor`: 0 healthy, 1 clash found, 2 broken. For `bench`: see `hyperframe.cli`.
+        For `doctor`: 0 healthy, 1 clash found, 2 broken. For the others: see `hyperframe.cli`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["bench"]:
+    if arguments[:1] in (["bench"], ["frontier"]):
         return _forward(arguments)
     is_script = Path(sys.argv[0]).stem == "hyperframe"
     parser = argparse.ArgumentParser(
         prog="hyperframe" if is_script else "python -m hyperframe_attention",
-        description="Near-linear attention: what is installed, and how fast it is.",
+        description="Near-linear attention: what is installed, how fast and how good it is.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     codes = "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items())
@@ -44,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "bench", add_help=False, help="time attention beside the exact kernels, with its errors"
     )
+    commands.add_parser(
+        "frontier", add_help=False,
+        help="measure error against cost of every detector on captured heads",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
 
     report = examine()

@@ -1,6 +1,7 @@
 """Measuring attention: times and errors side by side with the exact kernels.
 
-`hyperframe bench` is the command line of this package. In Python:
+`hyperframe bench` is the command line of this package; `hyperframe frontier` is that of
+`hyperframe.benchmarking.frontier`, errors on captured heads. In Python:
 
     >>> import torch
     >>> from hyperframe.benchmarking import Settings, run_suite, suite

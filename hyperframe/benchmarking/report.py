@@ -19,6 +19,7 @@ __all__ = [
     "failed_gates",
     "plot_rows",
     "print_report",
+    "require",
 ]
 
 Row = dict[str, Any]
@@ -78,7 +79,7 @@ def print_report(rows: Sequence[Row], *, width: int | None = None) -> None:
     Raises:
         MissingDependencyError: rich is not installed.
     """
-    rich = _import("rich.console", extra="cli")
+    rich = require("rich.console", extra="cli")
     console = rich.Console(width=width, highlight=False, markup=False)
     if width is None and not console.is_terminal:
         console = rich.Console(width=_FILE_WIDTH, highlight=False, markup=False)
@@ -145,7 +146,7 @@ def _stages(rows: Sequence[Row]) -> Any:
 
 
 def _table(title: str) -> Any:
-    return _import("rich.table", extra="cli").Table(title=title, title_justify="left")
+    return require("rich.table", extra="cli").Table(title=title, title_justify="left")
 
 
 def _title(row: Row) -> str:
@@ -183,7 +184,7 @@ def _word(mode: str) -> str:
 
 def check_plotting() -> None:
     """Raise what `plot_rows` would raise without matplotlib, before time is spent on rows."""
-    _import("matplotlib", extra="plot")
+    require("matplotlib", extra="plot")
 
 
 def plot_rows(path: Path, rows: Sequence[Row]) -> None:
@@ -195,9 +196,9 @@ def plot_rows(path: Path, rows: Sequence[Row]) -> None:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    matplotlib = _import("matplotlib", extra="plot")
+    matplotlib = require("matplotlib", extra="plot")
     matplotlib.use("Agg")
-    pyplot = _import("matplotlib.pyplot", extra="plot")
+    pyplot = require("matplotlib.pyplot", extra="plot")
     modes = [mode for mode in MODES if any(row[mode] for row in rows)]
     suites = {row["suite"] for row in rows}
     exact = dict.fromkeys(row["label"] for row in rows if row["kind"] == "exact")
@@ -234,7 +235,12 @@ def plot_rows(path: Path, rows: Sequence[Row]) -> None:
     pyplot.close(figure)
 
 
-def _import(name: str, *, extra: str) -> Any:
+def require(name: str, *, extra: str, command: str = "bench") -> Any:
+    """Return a module that comes with an extra.
+
+    Raises:
+        MissingDependencyError: it is not installed; names the command and the extra.
+    """
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -242,6 +248,6 @@ def _import(name: str, *, extra: str) -> Any:
         if error.name is None or error.name.partition(".")[0] != package:
             raise
         raise MissingDependencyError(
-            f"hyperframe bench needs {package}, which is not installed; "
+            f"hyperframe {command} needs {package}, which is not installed; "
             f"pip install 'hyperframe-attention[{extra}]'"
         ) from error

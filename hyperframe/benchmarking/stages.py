@@ -233,7 +233,7 @@ def _merge_of(call: _Call, plans: Plans, *states: AttentionState) -> Callable[[]
 
 def time_stages(
     attention: HyperAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *,
-    is_causal: bool, seconds: float, flush: bool = False,
+    is_causal: bool, seconds: float, flush: bool = False, repeats: int | None = None,
 ) -> dict[str, Timing | Failure]:  # fmt: skip
     """Time the stages of a forward.
 
@@ -245,6 +245,7 @@ def time_stages(
         is_causal: whether the call is causal.
         seconds: for each stage.
         flush: see `measure`.
+        repeats: see `measure`.
 
     Returns:
         A time for every one of `STAGES` that such a call has.
@@ -260,7 +261,9 @@ def time_stages(
             "merge": stages.merge(plans),
         }
         candidates = {name: Candidate(run) for name, run in runs.items() if run is not None}
-        return measure(candidates, device=query.device, seconds=seconds, flush=flush)
+        return measure(
+            candidates, device=query.device, seconds=seconds, flush=flush, repeats=repeats
+        )
 
 
 def _first_run(call: _Call) -> tuple[_Stages, Any, Any]:

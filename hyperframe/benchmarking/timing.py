@@ -93,7 +93,7 @@ class Failure:
 
 def measure(
     candidates: Mapping[str, Candidate], *, device: torch.device, seconds: float,
-    flush: bool = False,
+    flush: bool = False, repeats: int | None = None,
 ) -> dict[str, Timing | Failure]:  # fmt: skip
     """Time functions in turn.
 
@@ -103,17 +103,19 @@ def measure(
         seconds: time for the repeats of each function, more or less: 3 to 100 repeats, fewer only
             for a function that takes more than twice as long as this.
         flush: write 256 MiB before every repeat, so that it starts with a cold L2 cache.
+        repeats: repeats of each function, however long they take, after one call that does not
+            count; None goes by `seconds`.
 
     Returns:
         The times, or why a function failed when it was warmed up; errors that say that the call
         was wrong (`HyperframeError`, other than a refusal by name) are raised.
     """
     results: dict[str, Timing | Failure] = {}
-    repeats: dict[str, int] = {}
+    counts: dict[str, int] = {}
     buffer = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if flush else None
     for name, candidate in candidates.items():
         try:
-            for _ in range(2):  # compiles, tunes, fills caches
+            for _ in range(2 if repeats is None else 1):  # compiles, tunes, fills caches
                 estimate = _milliseconds(candidate, device, buffer)
                 if estimate > 2e3 * seconds:
                     break
@@ -124,11 +126,12 @@ def measure(
             _release(device)
             continue
         fewest = 1 if estimate > 2e3 * seconds else _FEWEST
-        repeats[name] = max(fewest, min(_MOST, int(1e3 * seconds / max(estimate, 1e-3))))
-    times: dict[str, list[float]] = {name: [] for name in repeats}
-    rounds = max(repeats.values(), default=0)
+        affordable = max(fewest, min(_MOST, int(1e3 * seconds / max(estimate, 1e-3))))
+        counts[name] = affordable if repeats is None else repeats
+    times: dict[str, list[float]] = {name: [] for name in counts}
+    rounds = max(counts.values(), default=0)
     for turn in range(rounds):
-        for name, count in repeats.items():
+        for name, count in counts.items():
             # spread evenly over the rounds: slow functions take part in some of them
             if (turn + 1) * count // rounds > turn * count // rounds:
                 times[name].append(_milliseconds(candidates[name], device, buffer))

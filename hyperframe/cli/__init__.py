@@ -1,4 +1,4 @@
-"""The command line: `hyperframe bench`, or `python -m hyperframe_attention bench`.
+"""The command line: `hyperframe bench`, `hyperframe frontier`, or `python -m hyperframe_attention`.
 
 Needs typer and rich (the extra `cli`), which are imported when a command is given.
 """
@@ -15,6 +15,7 @@ EXIT_CODES = {
     1: "could not run; the message says why",
     2: "the command line does not parse",
     3: "measured, and some accuracy gate failed: no speed-up is reported there",
+    130: "interrupted; rows that were measured are kept",
 }
 
 

@@ -29,6 +29,8 @@ from ..benchmarking import (
 from ..component import check_choice
 from ..errors import ArgumentError, HyperframeError
 from . import EXIT_CODES
+from .frontier import frontier
+from .parsing import device_of, integers
 
 __all__ = ["app", "run"]
 
@@ -103,15 +105,13 @@ def bench(
 
     No speed-up is reported where the accuracy gate of the same run fails.
     """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = device_of(device)
     on_gpu = where.type == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        raise ArgumentError(f"--device {where}: torch sees no CUDA device; use --device cpu")
     dtype = dtype or ("bfloat16" if on_gpu else "float32")
     check_choice("bench", "dtype", dtype, tuple(_DTYPES))
     settings = Settings(
-        device=where, dtype=_DTYPES[dtype], lengths=_integers("--lengths", lengths),
-        head_dims=_integers("--head-dim", head_dim), batch=batch,
+        device=where, dtype=_DTYPES[dtype], lengths=integers("--lengths", lengths),
+        head_dims=integers("--head-dim", head_dim), batch=batch,
         heads=heads or (12 if on_gpu else 4), kv_heads=kv_heads, backend=backend, seed=seed,
         inputs=inputs, max_error=max_error, forward_only=forward_only, graphs=graphs,
         stages=stages, flush=flush,
@@ -162,13 +162,7 @@ def _method(
     return SpecMethod(label=label, is_causal=causal != "none", attention=attention)
 
 
-def _integers(option: str, text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.replace(",", " ").split())
-    except ValueError:
-        raise ArgumentError(f"{option} {text}: is no list of integers; write 1024,2048") from None
+app.command(epilog=f"Exit codes: {_CODES}.")(frontier)
 
 
 def run(arguments: list[str] | None) -> int:

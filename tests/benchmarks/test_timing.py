@@ -38,6 +38,22 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
+def test_repeats_that_are_asked_for_follow_one_call_of_each(clock: Clock) -> None:
+    order: list[str] = []
+
+    def call(name: str, milliseconds: float) -> Candidate:
+        def run() -> None:
+            order.append(name)
+            clock.now += milliseconds
+
+        return Candidate(run)
+
+    calls = {"endless": call("endless", 1e4), "fast": call("fast", 3)}
+    found = measure(calls, device=CPU, seconds=0.1, repeats=2)
+    assert order == ["endless", "fast"] * 3
+    assert all(isinstance(time, Timing) and time.repeats == 2 for time in found.values())
+
+
 def test_slow_functions_are_repeated_less_and_in_turn(clock: Clock) -> None:
     order: list[str] = []
 
