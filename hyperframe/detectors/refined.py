@@ -42,8 +42,8 @@ class Refined(AbstractDetector):
 
     Cost: that of the candidates, and O(n_q L d) time for `L` candidates of a tile; memory
     O(n_q L / tile_size) and one bounded chunk. Deterministic if the candidates are. No gradient.
-    Source: two-stage retrieval; tiles of 64 rows that share 240 keys chosen in this way are as good
-    as exact attention in the perplexity of small language models.
+    Source: two-stage retrieval. Errors on a model's heads, beside those of a choice among all keys:
+    docs/how-to-choose.md.
 
     Example:
         >>> q, k = torch.zeros(1, 1, 8, 4), torch.zeros(1, 1, 8, 4)

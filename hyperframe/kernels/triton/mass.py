@@ -14,6 +14,7 @@ import triton.language as tl
 from .arguments import is_wide
 from .common import LOG2_E, load_rows
 from .configs import padded
+from .forward import finite
 
 __all__ = ["supports", "triton_tile_mass"]
 
@@ -28,7 +29,7 @@ def held_by_window(key, position, left, right, num_sinks):
 def add_block(logits, top, total):
     """Return the running maximum and sum of the rows with the logits of one more block."""
     new_top = tl.maximum(top, tl.max(logits, 1))
-    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    shift = finite(new_top)
     total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
     return new_top, total
 
