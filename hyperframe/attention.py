@@ -13,6 +13,7 @@ import torch
 
 from . import detectors, estimators, samplers
 from .component import AbstractComponent, check_bool, check_choice, check_non_negative_int
+from .detectors.auto import PRESETS
 from .errors import ArgumentTypeError, SpecError, UnsupportedError, did_you_mean
 from .kernels import resolve_backend
 from .kernels.backends import BACKENDS
@@ -34,8 +35,11 @@ class HyperAttention:
 
     Args:
         detector: which entries are heavy: a name, a spec string such as
-            `"sort_lsh(block_size=256)"` or `"sliding_window | heavy_columns"`, or an instance.
-        sampler: which columns stand for the rest; the same three forms.
+            `"sort_lsh(block_size=256)"` or `"sliding_window | heavy_columns"`, or an instance; or
+            a preset of the detector `auto`: `"fast"`, `"balanced"` (what `"auto"` is) or
+            `"accurate"`.
+        sampler: which columns stand for the rest; the same three forms. `"auto"` is the sampler
+            that goes with the detector: its `residual`, which is uniform for all but `auto`.
         estimator: how the row sums are estimated; the same three forms.
         num_samples: sampled keys for a row (in the recursion: for a row of each rectangle); 0
             drops everything that is not heavy. Where no more keys than this exist, all of them
@@ -71,9 +75,10 @@ class HyperAttention:
     """
 
     takes_stream: ClassVar[bool] = True
+    _goes_with_detector: ClassVar[bool]
 
-    detector: Any = "sort_lsh"
-    sampler: Any = "uniform"
+    detector: Any = "auto"
+    sampler: Any = "auto"
     estimator: Any = "uniform"
     num_samples: int = 256
     causal: str = "single_pass"
@@ -110,12 +115,23 @@ class HyperAttention:
     def replace(self, **changes: Any) -> HyperAttention:
         """Return a copy with some options changed, checked like a new one."""
         check_options(changes, owner="HyperAttention.replace")
+        if {"detector", "strict_causal"} & changes.keys() and self._goes_with_detector:
+            changes.setdefault("sampler", "auto")
         return dataclasses.replace(self, **changes)
 
     def __post_init__(self) -> None:
         """Create the components and check the parameters."""
-        object.__setattr__(self, "detector", detectors.create(self.detector))
-        object.__setattr__(self, "sampler", samplers.create(self.sampler))
+        chosen = self.detector
+        if isinstance(chosen, str) and chosen.strip() in PRESETS:
+            chosen = f"auto(preset={chosen.strip()!r})"
+        object.__setattr__(self, "detector", detectors.create(chosen))
+        # no field: whether the sampler has to change with the detector
+        is_auto = isinstance(self.sampler, str) and self.sampler.strip() == "auto"
+        object.__setattr__(self, "_goes_with_detector", is_auto)
+        sampler = self.detector.residual if is_auto else self.sampler
+        if sampler == "auto" and self.strict_causal is True:
+            sampler = "auto(metric='key')"
+        object.__setattr__(self, "sampler", samplers.create(sampler))
         object.__setattr__(self, "estimator", estimators.create(self.estimator))
         owner = "HyperAttention"
         check_non_negative_int(owner, "num_samples", self.num_samples)

@@ -17,12 +17,15 @@ from math import gcd
 import torch
 
 from .blockplan import BlockPlan
+from .errors import UnsupportedError
+from .kernels.layout import can_lay_out, tile_lists
+from .kernels.lists import best_distinct
 from .masks import BandMask, BlockMask, HeavyMask, ListMask, RangeMask
 from .plan import RankRanges, TilePlan
 from .ragged import append_lists, concatenate_lists, spread_heads
 from .rectangles import Places
 from .rowsums import RowSumRule
-from .samples import KeySample, SampleDraw
+from .samples import KeySample, SampleDraw, Summaries
 
 __all__ = ["POSITION_TILE", "build_level_plans", "build_plans"]
 
@@ -54,7 +57,7 @@ def build_plans(
         block = parts[0]
         is_bounded = rule is not None and (rule.log_cap is not None or rule.log_floor is not None)
         if not block.is_causal and not is_bounded and (draw is None or block.covers_all_rows):
-            return [_whole_block_plan(block, draw(None) if draw is not None else None)]
+            return [_whole_block_plan(block, _drawn(draw))]
     parts = [part.to_ranges() if isinstance(part, BlockMask) else part for part in parts]
     ordered = [part for part in parts if isinstance(part, RangeMask)]
     positional = [part for part in parts if not isinstance(part, RangeMask)]
@@ -64,7 +67,7 @@ def build_plans(
     plans: list[TilePlan | BlockPlan] = []
     for number, part in enumerate(ordered):
         is_last = number == len(ordered) - 1 and not needs_position
-        sample = draw(None) if draw is not None and is_last else None
+        sample = _drawn(draw) if is_last else None
         plans.append(
             _range_plan(
                 part, ordered[:number], sample, rule if is_last else None, mask.query_offset
@@ -73,6 +76,14 @@ def build_plans(
     if needs_position:
         plans.append(_position_plan(mask, positional, ordered, key_heads, draw, rule))
     return plans
+
+
+def _drawn(draw: SampleDraw | None) -> KeySample | None:
+    """Draw for a plan in an order of its own."""
+    sample = None if draw is None else draw(None)
+    if sample is not None and sample.summaries is not None:
+        raise UnsupportedError(_NO_SUMMARIES)
+    return sample
 
 
 def build_level_plans(
@@ -194,6 +205,15 @@ def _position_plan(
     shape = (mask.batch_size, heads, num_tiles)
 
     tiled = [part.retile(tile_size) for part in lists]
+    sample = None
+    if draw is not None:
+        sample = draw(_tile_ends(mask, tile_size) if per_tile_sample else None)
+    if sample is not None and sample.summaries is not None:
+        if ordered:
+            raise UnsupportedError(_NO_SUMMARIES)
+        return _summarised(mask, tiled, band, shape, tile_size, sample, sample.summaries, rule)
+    if can_lay_out(mask.device) and num_tiles > 1 and _vary_by_tile(tiled, per_tile_sample):
+        return _laid_out(mask, tiled, band, ordered, shape, tile_size, sample, rule)
     pieces = [(_int32(part.key_index), part.key_count) for part in tiled]
     if band is not None:
         sinks = min(band.num_sinks, mask.num_keys)
@@ -208,8 +228,7 @@ def _position_plan(
         index, count = concatenate_lists([(banded, band_count), (index, count)], shape, mask.device)
         band_count = _int32(band_count.expand(shape))
     heavy_count, key_count, log_weight = count, count, None
-    if draw is not None:
-        sample = draw(_tile_ends(mask, tile_size) if per_tile_sample else None)
+    if sample is not None:
         drawn, weight = spread_heads(sample.index, heads), spread_heads(sample.log_weight, heads)
         if drawn.dim() == 3:
             drawn = drawn.unsqueeze(2).expand(-1, -1, num_tiles, -1)
@@ -225,6 +244,109 @@ def _position_plan(
         band_count=band_count, excluded=_excluded(ordered),
     )  # fmt: skip
     return plan.deduplicated()
+
+
+_NO_SUMMARIES = (
+    "centroid: a detector of hash blocks in orders of their own leaves other keys to the centroids "
+    "for every row; take a detector that lists keys by tiles or holds bands, or another sampler"
+)
+
+
+def _summarised(
+    mask: HeavyMask, lists: list[ListMask], band: BandMask | None, shape: tuple[int, int, int],
+    tile_size: int, sample: KeySample, summaries: Summaries, rule: RowSumRule | None,
+) -> TilePlan:  # fmt: skip
+    """Plan of exact keys and of groups that count what the tile does not hold exactly.
+
+    A group counts for a whole tile, so all rows of the tile hold what any of them does.
+    """
+    num_tiles, num_keys, device = shape[2], mask.num_keys, mask.device
+    pieces = [(_int32(part.key_index), part.key_count) for part in lists]
+    if band is not None:
+        banded = _band_lists(band, tile_size, num_tiles)
+        sinks = min(band.num_sinks, num_keys)
+        first = torch.arange(sinks, dtype=torch.int32, device=device)
+        count = torch.full((1, 1, 1), sinks, device=device)
+        pieces += [(first.expand(1, 1, num_tiles, -1), count), banded]
+    if summaries.unit is not None:
+        # from where the groups stop to the end of the tile
+        start = summaries.stop
+        stop = _tile_ends(mask, tile_size)
+        longest = min(num_keys, tile_size + summaries.unit - 1)
+        own = start.unsqueeze(-1) + torch.arange(longest, device=device)
+        own = own.clamp(max=max(0, num_keys - 1)).int()
+        pieces.append((own[None, None], (stop - start).clamp(min=0)[None, None]))
+    index, count = concatenate_lists(pieces, shape, device)
+    plan = TilePlan(
+        key_index=_int32(index), key_count=_int32(count), heavy_count=_int32(count),
+        tile_size=tile_size, num_query_heads=mask.num_query_heads, num_queries=mask.num_queries,
+        num_keys=num_keys, is_causal=mask.is_causal, query_offset=mask.query_offset,
+    ).deduplicated()  # fmt: skip
+    assert plan.log_weight is not None
+    used = torch.arange(index.shape[-1], device=device) < count.unsqueeze(-1)
+    slot = summaries.slots_of(index)
+    width = summaries.size.shape[-1]
+    slot = torch.where(used & (plan.log_weight == 0) & (slot >= 0), slot, width)
+    held = torch.zeros((*shape, width + 1), dtype=torch.int64, device=device)
+    held.scatter_add_(-1, slot, torch.ones_like(slot))
+    left = summaries.size - held[..., :-1]  # a group that is held whole counts nothing
+    drawn = spread_heads(sample.index, shape[1])
+    if drawn.dim() == 3:
+        drawn = drawn.unsqueeze(2)
+    joined, _, key_count = append_lists(
+        index, count, drawn.expand(left.shape), left.log().float(), summaries.count.expand(shape)
+    )
+    weights = torch.cat([plan.log_weight, plan.log_weight.new_zeros(left.shape)], dim=-1)
+    target = (count.unsqueeze(-1) + torch.arange(width, device=device)).expand(left.shape)
+    weights = weights.scatter(-1, target, left.log().float())
+    return replace(
+        plan, key_index=_int32(joined), key_count=_int32(key_count), log_weight=weights,
+        summary_key=summaries.key, summary_value=summaries.value,
+        log_cap=rule.log_cap if rule else None, log_floor=rule.log_floor if rule else None,
+    )  # fmt: skip
+
+
+def _vary_by_tile(lists: list[ListMask], per_tile_sample: bool) -> bool:
+    """Return whether tiles have lists or samples of their own."""
+    return per_tile_sample or any(part.key_index.stride(2) != 0 for part in lists)
+
+
+def _laid_out(
+    mask: HeavyMask, lists: list[ListMask], band: BandMask | None, ordered: list[RangeMask],
+    shape: tuple[int, int, int], tile_size: int, sample: KeySample | None, rule: RowSumRule | None,
+) -> TilePlan:  # fmt: skip
+    """Plan of everything laid out by position, where tiles have lists of their own: one launch."""
+    pieces = [(_int32(part.key_index), part.key_count) for part in lists]
+    if len(lists) == 1 and lists[0].is_ascending:
+        index, count = pieces[0]
+    else:
+        index, count = concatenate_lists(pieces, shape, mask.device)
+        slot = torch.arange(index.shape[-1], device=mask.device)
+        unused = slot >= count.unsqueeze(-1)
+        index, count = best_distinct(
+            index.masked_fill(unused, mask.num_keys), None, limit=mask.num_keys, k=index.shape[-1]
+        )
+    drawn, weight = None, None
+    if sample is not None:
+        drawn, weight = sample.index, sample.log_weight.float()
+        if drawn.dim() == 3:
+            drawn = drawn.unsqueeze(2).expand(-1, -1, shape[2], -1)
+            weight = weight.unsqueeze(2).expand(-1, -1, shape[2], -1)
+    found = tile_lists(
+        index, count, drawn, weight,
+        band=None if band is None else (band.left, band.right, band.num_sinks),
+        tile_size=tile_size, num_queries=mask.num_queries, num_keys=mask.num_keys,
+        offset=mask.position_offset, is_causal=mask.is_causal, heads=shape[1],
+    )  # fmt: skip
+    return TilePlan(
+        key_index=found.key_index, key_count=found.key_count, heavy_count=found.heavy_count,
+        tile_size=tile_size, num_query_heads=mask.num_query_heads, num_queries=mask.num_queries,
+        num_keys=mask.num_keys, log_weight=found.log_weight,
+        log_cap=rule.log_cap if rule else None, log_floor=rule.log_floor if rule else None,
+        is_causal=mask.is_causal, query_offset=mask.query_offset,
+        band=(band.left, band.right) if band else None,
+        band_count=found.band_count if band else None, excluded=_excluded(ordered), disjoint=True,
+    )  # fmt: skip
 
 
 def _int32(tensor: torch.Tensor) -> torch.Tensor:

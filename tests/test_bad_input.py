@@ -203,13 +203,13 @@ _COUNTS = [
     ("heavy_columns", "tile_size"), ("vertical_slash", "num_columns"),
     ("vertical_slash", "num_diagonals"), ("antidiagonal", "num_blocks"), ("quest", "num_blocks"),
     ("pca_tree", "num_leaves"), ("kmeans", "num_blocks"), ("balanced_lsh", "block_size"),
-    ("reformer_lsh", "block_size"),
+    ("reformer_lsh", "block_size"), ("lsh_topk", "num_keys"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "value, error", [(0, ArgumentError), (-4, ArgumentError), (True, ArgumentTypeError),
-                     (1.0, ArgumentTypeError), ("8", ArgumentTypeError), (None, ArgumentTypeError)],
+                     (1.5, ArgumentTypeError), ("8", ArgumentTypeError), (None, ArgumentTypeError)],
 )  # fmt: skip
 @pytest.mark.parametrize("name, parameter", _COUNTS)
 def test_budgets_are_positive_integers(

@@ -52,6 +52,14 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
         {"detector": "pca_tree(leaf_size=8, num_leaves=2, tile_size=16, chunk_size=32)"},
         True,
     ),
+    "hash buckets, single pass": (
+        {"detector": "lsh_topk(num_keys=16, num_rounds=2, tile_size=16)"},
+        True,
+    ),
+    "hash buckets, recursive": (
+        {"detector": "lsh_topk(num_keys=16, tile_size=16)", "causal": "recursive"},
+        True,
+    ),
     "row norm, exact sums": (
         {"detector": "heavy_columns(num_columns=16)", "sampler": "row_norm", "estimator": "exact"},
         False,

@@ -28,6 +28,7 @@ DETECTORS = [
     "kmeans(block_size=4, num_blocks=2, num_steps=2, tile_size=8, chunk_size=16)",
     "balanced_lsh(block_size=8, checkpoint=8)",
     "reformer_lsh(block_size=6, num_buckets=8, num_rounds=2)",
+    "lsh_topk(num_keys=5, num_buckets=4, num_rounds=2, tile_size=4)",
 ]
 
 

@@ -25,6 +25,7 @@ DETECTORS = {
     "kmeans": "kmeans(block_size=4, num_blocks=3, num_steps=2, tile_size=8, chunk_size=16)",
     "balanced_lsh": "balanced_lsh(block_size=16, checkpoint=8)",
     "reformer_lsh": "reformer_lsh(block_size=8, num_buckets=8, num_rounds=2)",
+    "lsh_topk": "lsh_topk(num_keys=6, num_buckets=4, num_rounds=2, tile_size=8)",
     "union": "sort_lsh(block_size=16) | sliding_window(width=5) | oracle(budget=3)",
 }
 # strategy: what is called, and whether the mask is causal

@@ -16,6 +16,7 @@ __all__ = [
 
 _BUILTINS = {
     "antidiagonal": ".detectors.antidiagonal:Antidiagonal",
+    "auto": ".detectors.auto:Auto",
     "balanced_lsh": ".detectors.balanced_lsh:BalancedLSH",
     "bigbird": ".detectors.bigbird:BigBird",
     "block_list": ".detectors.block_list:BlockList",
@@ -23,6 +24,7 @@ _BUILTINS = {
     "dilated": ".detectors.dilated:Dilated",
     "heavy_columns": ".detectors.heavy_columns:HeavyColumns",
     "kmeans": ".detectors.kmeans:KMeans",
+    "lsh_topk": ".detectors.lsh_topk:LSHTopK",
     "oracle": ".detectors.oracle:Oracle",
     "pca_tree": ".detectors.pca_tree:PCATree",
     "pooled_topk": ".detectors.pooled_topk:PooledTopK",

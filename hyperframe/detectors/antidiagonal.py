@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from ..budget import check_budget, resolve_budget
 from ..component import check_fraction, check_positive_int
 from ..errors import ArgumentError
 from ..masks import HeavyMask
@@ -76,7 +77,7 @@ class Antidiagonal(AbstractDetector):
 
     Args:
         block_size: keys of a block.
-        num_blocks: blocks that a tile chooses, at most.
+        num_blocks: blocks (a float: fraction of them) that a tile chooses, at most.
         stride: distance of the antidiagonals; divides `block_size` and `tile_size`. 1 is the mean
             of all logits of the rectangle.
         top_p: hold the fewest blocks that reach this share of the estimated mass (under
@@ -102,7 +103,7 @@ class Antidiagonal(AbstractDetector):
     takes_stream: ClassVar[bool] = True
 
     block_size: int = 16
-    num_blocks: int = 16
+    num_blocks: int | float = 16
     stride: int = 8
     top_p: float = 1.0
     tile_size: int = 64
@@ -110,7 +111,7 @@ class Antidiagonal(AbstractDetector):
     def __post_init__(self) -> None:
         """Check the parameters."""
         check_positive_int(self, "block_size", self.block_size)
-        check_positive_int(self, "num_blocks", self.num_blocks)
+        check_budget(self, "num_blocks", self.num_blocks)
         check_positive_int(self, "stride", self.stride)
         check_fraction(self, "top_p", self.top_p)
         check_positive_int(self, "tile_size", self.tile_size)
@@ -142,6 +143,7 @@ class Antidiagonal(AbstractDetector):
         is_causal: bool,
     ) -> HeavyMask:  # fmt: skip
         num_tiles = -(-query.shape[2] // self.tile_size)
+        count = resolve_budget(self.num_blocks, -(-key.shape[2] // self.block_size))
         with torch.no_grad():
             rows = filled_runs(voters, self.tile_size, num_tiles)
             tiles = _query_features(rows, self.stride, default_scale(query, scale), self.block_size)
@@ -149,6 +151,6 @@ class Antidiagonal(AbstractDetector):
             features = _key_features(keys, self.stride)
             return best_blocks(
                 lambda part: _products(tiles[:, :, part], features), query, key,
-                block_size=self.block_size, num_blocks=self.num_blocks, tile_size=self.tile_size,
+                block_size=self.block_size, num_blocks=count, tile_size=self.tile_size,
                 is_causal=is_causal, top_p=self.top_p,
             )  # fmt: skip

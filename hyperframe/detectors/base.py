@@ -129,6 +129,7 @@ class AbstractDetector(AbstractComponent):
             through `uniform` and `normal` of that module. Otherwise a `torch.Generator` seeded
             from the stream is made for every call; `torch.compile` and CUDA graphs cannot have
             that one. Not inherited by a class that finds entries in a way of its own.
+        residual: the sampler that `sampler="auto"` takes beside this detector.
     """
 
     kind: ClassVar[str] = "detector"
@@ -151,6 +152,7 @@ class AbstractDetector(AbstractComponent):
     is_positional: ClassVar[bool] = False
     is_row_local: ClassVar[bool] = False
     takes_stream: ClassVar[bool] = False
+    residual: ClassVar[str] = "uniform"
 
     @abstractmethod
     def find(

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from ..budget import check_budget, resolve_budget
 from ..component import check_positive_int
 from ..errors import UnsupportedError
 from ..masks import HeavyMask, ListMask
@@ -72,7 +73,7 @@ class HeavyColumns(AbstractDetector):
     earlier row. The strict form lets only queries vote that come before the rectangle's rows.
 
     Args:
-        num_columns: columns held by a row.
+        num_columns: columns held by a row; a float is a fraction of the keys.
         num_queries: rows that vote, for each rectangle.
         tile_size: rows of a tile in the causal form.
 
@@ -90,13 +91,13 @@ class HeavyColumns(AbstractDetector):
 
     takes_stream: ClassVar[bool] = True
 
-    num_columns: int = 256
+    num_columns: int | float = 256
     num_queries: int = 64
     tile_size: int = 64
 
     def __post_init__(self) -> None:
         """Check the parameters."""
-        check_positive_int(self, "num_columns", self.num_columns)
+        check_budget(self, "num_columns", self.num_columns)
         check_positive_int(self, "num_queries", self.num_queries)
         check_positive_int(self, "tile_size", self.tile_size)
 
@@ -108,7 +109,9 @@ class HeavyColumns(AbstractDetector):
         scale = default_scale(query, scale)
         if is_causal:
             return self._causal(query, key, scale, generator, strict=False)
-        return self._columns_mask(self._best(query, key, scale, generator), query, key)
+        return self._columns_mask(
+            self._best(query, key, scale, generator, num_columns=self._count(key)), query, key
+        )
 
     def find_strict(
         self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
@@ -125,7 +128,13 @@ class HeavyColumns(AbstractDetector):
                 f"there are none ({query.shape[2]} queries against {key.shape[2]} keys that all "
                 "come before them); pass the whole sequence at once, or use strict_causal=False"
             )
-        return self._columns_mask(self._best(earlier_query, key, scale, generator), query, key)
+        return self._columns_mask(
+            self._best(earlier_query, key, scale, generator, num_columns=self._count(key)), query,
+            key,
+        )  # fmt: skip
+
+    def _count(self, key: torch.Tensor) -> int:
+        return resolve_budget(self.num_columns, key.shape[2])
 
     def _columns_mask(
         self, index: torch.Tensor, query: torch.Tensor, key: torch.Tensor
@@ -137,10 +146,11 @@ class HeavyColumns(AbstractDetector):
 
     def _best(
         self, voters: torch.Tensor, key: torch.Tensor, scale: float,
-        generator: torch.Generator | None, num_absent: torch.Tensor | None = None,
+        generator: torch.Generator | None, num_absent: torch.Tensor | None = None, *,
+        num_columns: int,
     ) -> torch.Tensor:  # fmt: skip
         """Return the best columns, best first: int32 `[batch, query_heads, columns]`."""
-        count = min(self.num_columns, key.shape[2])
+        count = min(num_columns, key.shape[2])
         with torch.no_grad():
             rows = _one_in_each_run(voters.shape[2], self.num_queries, voters.device, generator)
             chosen = voters[:, :, rows]
@@ -179,7 +189,8 @@ class HeavyColumns(AbstractDetector):
         larger = bits.flip(-1).cumsum(-1).flip(-1)[:, 1:] + (1 if offset > 0 else 0)
         covering = (bits.sum(-1) + (1 if offset > 0 else 0)).clamp(min=1)
         # one buffer for all; what has no slot goes to an extra last column
-        longest = self.num_columns + size
+        num_columns = self._count(key)
+        longest = num_columns + size
         lists = torch.zeros(
             (batch, heads, num_tiles, longest + 1), dtype=torch.int32, device=query.device
         )
@@ -187,7 +198,7 @@ class HeavyColumns(AbstractDetector):
 
         def share(rank: torch.Tensor | int) -> torch.Tensor:
             """Columns of the rectangle before which `rank` larger ones were served."""
-            return (self.num_columns - 1 - rank) // covering + 1
+            return (num_columns - 1 - rank) // covering + 1
 
         def write(index: torch.Tensor, count: torch.Tensor, skipped: torch.Tensor | int) -> None:
             """Append `count` keys of each tile, after the first `skipped`; lists `[B, H, T, L]`."""
@@ -201,7 +212,7 @@ class HeavyColumns(AbstractDetector):
         if offset > 0:
             if strict:
                 self.find_strict(query, key[:, :, :offset], scale=scale)  # refuses: no voters
-            best = self._best(query, key[:, :, :offset], scale, generator)
+            best = self._best(query, key[:, :, :offset], scale, generator, num_columns=num_columns)
             write(best.unsqueeze(2), share(0).clamp(max=best.shape[-1]), 0)
         for number, level in enumerate(levels):
             voters, keys = (even_runs if strict else odd_runs)(query, level), even_runs(own, level)
@@ -210,14 +221,21 @@ class HeavyColumns(AbstractDetector):
             parts = []
             if level.full:
                 absent = None if num_absent is None else num_absent[:-1].repeat(batch)
-                best = self._best(voters, keys, scale, generator, absent)
+                best = self._best(voters, keys, scale, generator, absent, num_columns=num_columns)
                 parts.append(best.unflatten(0, (batch, level.full)).transpose(1, 2))
             if level.ragged:
                 first = 2 * level.size * level.full
                 middle = first + level.size
                 voting = query[:, :, first:middle] if strict else query[:, :, middle:]
                 absent = None if num_absent is None else num_absent[-1:].repeat(batch)
-                best = self._best(voting, own[:, :, first:middle], scale, generator, absent)
+                best = self._best(
+                    voting,
+                    own[:, :, first:middle],
+                    scale,
+                    generator,
+                    absent,
+                    num_columns=num_columns,
+                )
                 parts.append(best.unsqueeze(2))
             columns = torch.cat(parts, dim=2)  # [B, H, rectangles, columns]
             rectangle = (tile >> (number + 1)).clamp(max=columns.shape[2] - 1)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from ..component import check_positive_int
+from ..budget import check_budget, resolve_budget
 from ..masks import HeavyMask, ListMask
 from ..precision import without_autocast
 from .base import AbstractDetector, default_scale
@@ -24,7 +24,8 @@ class Oracle(AbstractDetector):
     Quadratic in time; the yardstick of the other detectors, not a way to save work.
 
     Args:
-        budget: entries held by a row (fewer where fewer keys are visible).
+        budget: entries held by a row (fewer where fewer keys are visible); a float is a fraction of
+            the keys.
 
     Cost: O(n_q n_k d) time, O(n_q budget) memory. Deterministic, strictly causal.
 
@@ -37,11 +38,11 @@ class Oracle(AbstractDetector):
     is_row_local: ClassVar[bool] = True
     takes_stream: ClassVar[bool] = True
 
-    budget: int = 256
+    budget: int | float = 256
 
     def __post_init__(self) -> None:
         """Check the parameters."""
-        check_positive_int(self, "budget", self.budget)
+        check_budget(self, "budget", self.budget)
 
     def find(
         self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
@@ -52,7 +53,7 @@ class Oracle(AbstractDetector):
         key_heads, num_keys = key.shape[1:3]
         sign = -1.0 if default_scale(query, scale) < 0 else 1.0
         dtype = torch.promote_types(query.dtype, torch.float32)
-        longest = min(self.budget, num_keys)
+        longest = min(resolve_budget(self.budget, num_keys), num_keys)
         position = torch.arange(num_queries, device=query.device) + num_keys - num_queries
         key_position = torch.arange(num_keys, device=query.device)
         grouped = query.reshape(batch, key_heads, heads // key_heads, num_queries, -1)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from ..budget import check_budget, resolve_budget
 from ..component import check_choice, check_positive_int
 from ..errors import ArgumentError
 from ..masks import HeavyMask
@@ -81,7 +82,7 @@ class Quest(AbstractDetector):
 
     Args:
         block_size: keys of a block (a page of the paper).
-        num_blocks: blocks that a tile chooses.
+        num_blocks: blocks (a float: fraction of them) that a tile chooses.
         num_queries: pooled queries of a tile; divides `tile_size`.
         reduction: "mean" or "max" of their bounds.
         tile_size: rows of a tile.
@@ -103,7 +104,7 @@ class Quest(AbstractDetector):
     takes_stream: ClassVar[bool] = True
 
     block_size: int = 16
-    num_blocks: int = 16
+    num_blocks: int | float = 16
     num_queries: int = 4
     reduction: str = "mean"
     tile_size: int = 64
@@ -111,7 +112,7 @@ class Quest(AbstractDetector):
     def __post_init__(self) -> None:
         """Check the parameters."""
         check_positive_int(self, "block_size", self.block_size)
-        check_positive_int(self, "num_blocks", self.num_blocks)
+        check_budget(self, "num_blocks", self.num_blocks)
         check_positive_int(self, "num_queries", self.num_queries)
         check_choice(self, "reduction", self.reduction, _REDUCTIONS)
         check_positive_int(self, "tile_size", self.tile_size)
@@ -144,6 +145,7 @@ class Quest(AbstractDetector):
     ) -> HeavyMask:  # fmt: skip
         run = self.tile_size // self.num_queries
         num_tiles = -(-query.shape[2] // self.tile_size)
+        count = resolve_budget(self.num_blocks, -(-key.shape[2] // self.block_size))
         with torch.no_grad():
             extremes = block_extremes(key, self.block_size)
             rows = filled_runs(voters, run, num_tiles * self.num_queries)
@@ -160,6 +162,6 @@ class Quest(AbstractDetector):
                 return largest
 
             return best_blocks(
-                scores, query, key, block_size=self.block_size, num_blocks=self.num_blocks,
+                scores, query, key, block_size=self.block_size, num_blocks=count,
                 tile_size=self.tile_size, is_causal=is_causal,
             )  # fmt: skip

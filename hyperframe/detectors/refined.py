@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..component import check_positive_int
+from ..budget import check_budget, resolve_budget
+from ..component import check_fraction, check_positive_int
 from ..errors import UnsupportedError
+from ..kernels.lists import best_distinct
 from ..kernels.mass import NO_WINDOW, Window, tile_mass
 from ..masks import BandMask, HeavyMask, ListMask, UnionMask
 from ..masks.base import problem_of
-from ..ragged import concatenate_lists
+from ..ragged import spread_heads
 from .base import AbstractDetector, default_scale
 from .blocks import delayed, filled_runs
 
@@ -26,9 +28,9 @@ class Refined(AbstractDetector):
 
     A first detector proposes keys for every tile, more than are wanted: its recall is what counts.
     All rows of the tile then score them exactly, and the tile keeps the `num_keys` candidates with
-    the largest softmax mass, summed over the rows. What the first detector holds as a band (a
-    sliding window and its sinks) is kept as it is: its keys take part in the softmax, and a
-    candidate that a row sees in its window has no mass there.
+    the largest softmax mass, summed over the rows; of ties the first ones. What the first detector
+    holds as a band (a sliding window and its sinks) is kept as it is: its keys take part in the
+    softmax, and a candidate that a row sees in its window has no mass there.
 
     Under `is_causal` only keys before the tile are candidates and take part in the softmax, and the
     tile holds its own keys, unless the window does: no key moves the choice of an earlier row. In
@@ -37,7 +39,11 @@ class Refined(AbstractDetector):
     Args:
         candidates: the first stage: a detector, a name or a spec string; one that holds lists of
             keys by tiles, and bands.
-        num_keys: keys kept by a tile, beside the band and its own keys.
+        num_keys: keys kept by a tile, beside the band and its own keys; a float is a fraction of
+            all keys.
+        top_p: None; or the share of its softmax mass that a tile has to hold exactly: keys are
+            kept, the best ones first, until band and keys hold that much (at most `num_keys`).
+            Tiles whose mass lies on few keys then hold few.
         tile_size: rows of a tile; a divisor of the tiles of the candidates.
 
     Cost: that of the candidates, and O(n_q L d) time for `L` candidates of a tile; memory
@@ -56,14 +62,17 @@ class Refined(AbstractDetector):
     takes_stream: ClassVar[bool] = True  # the candidates are asked by themselves
 
     candidates: Any = "vertical_slash(num_columns=512)"
-    num_keys: int = 256
+    num_keys: int | float = 256
+    top_p: float | None = None
     tile_size: int = 64
 
     def __post_init__(self) -> None:
         """Create the first stage and check the parameters."""
         from . import create
 
-        check_positive_int(self, "num_keys", self.num_keys)
+        check_budget(self, "num_keys", self.num_keys)
+        if self.top_p is not None:
+            check_fraction(self, "top_p", self.top_p)
         check_positive_int(self, "tile_size", self.tile_size)
         object.__setattr__(self, "candidates", create(self.candidates))
         # it must be told where it is, if the first stage must
@@ -130,10 +139,8 @@ class Refined(AbstractDetector):
         begin = torch.arange(num_tiles, device=query.device) * size + mask.position_offset
         shape = (query.shape[0], query.shape[1], num_tiles)
         tiled = [part.retile(size) for part in lists]
-        pieces = [(part.key_index, part.key_count) for part in tiled]
         with torch.no_grad():
-            index, count = concatenate_lists(pieces, shape, query.device)
-            index = _distinct(index, count, begin, size, window, mask)
+            index = _distinct(tiled, begin, shape, size, window, mask)
             voters, position = query, begin
             if strict:
                 voters = delayed(query, earlier_query, size - 1)
@@ -148,9 +155,12 @@ class Refined(AbstractDetector):
                 voters, rows, position, key, index, begin, window,
                 scale=default_scale(query, scale), is_causal=mask.is_causal, is_delayed=strict,
             )  # fmt: skip
-            best = mass.topk(min(self.num_keys, index.shape[-1]), dim=-1).indices
-            chosen = index.gather(-1, best)
-            held = (chosen < mask.num_keys).sum(dim=-1)
+            if self.top_p is not None:
+                mass = _with_target(mass, rows, self.top_p)
+            kept = min(resolve_budget(self.num_keys, mask.num_keys), index.shape[-1])
+            chosen, held = best_distinct(
+                index, mass, limit=mask.num_keys, k=max(1, kept), is_sorted=True
+            )
         found = [(chosen.clamp(max=max(0, mask.num_keys - 1)), held)]
         if mask.is_causal and window.left < size - 1:
             first, stop = begin.clamp(min=0), (begin + size).clamp(min=0, max=mask.num_keys)
@@ -159,7 +169,7 @@ class Refined(AbstractDetector):
         refined = [
             ListMask(
                 **problem_of(mask), key_index=index.int().expand(*shape, -1),
-                key_count=length.expand(shape), tile_size=size,
+                key_count=length.expand(shape), tile_size=size, is_ascending=True,
             )
             for index, length in found
         ]  # fmt: skip
@@ -177,6 +187,21 @@ class Refined(AbstractDetector):
         return lists, bands
 
 
+def _with_target(mass: torch.Tensor, rows: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Give -1 to all candidates but the best ones that a tile needs to hold its share of mass.
+
+    Args:
+        mass: `[batch, heads, tiles, L]`, of the candidates; that of a row, with the band, is 1.
+        rows: integer `[tiles]`, how many rows voted.
+        top_p: the share.
+    """
+    ordered = mass.clamp(min=0).sort(dim=-1, descending=True).values
+    from_here = ordered.flip(-1).cumsum(dim=-1).flip(-1)  # what would be lost without it
+    is_needed = from_here > (1 - top_p) * rows.unsqueeze(-1)
+    least = ordered.masked_fill(~is_needed, torch.inf).amin(dim=-1, keepdim=True)
+    return mass.masked_fill(mass < least, -1.0)
+
+
 def _window_of(bands: list[BandMask]) -> Window:
     """Return the union of bands."""
     if not bands:
@@ -185,18 +210,40 @@ def _window_of(bands: list[BandMask]) -> Window:
 
 
 def _distinct(
-    index: torch.Tensor, count: torch.Tensor, begin: torch.Tensor, size: int, window: Window,
-    mask: HeavyMask,
+    lists: list[ListMask], begin: torch.Tensor, shape: tuple[int, int, int], size: int,
+    window: Window, mask: HeavyMask,
 ) -> torch.Tensor:  # fmt: skip
-    """Return the candidates of every tile, ascending and once each; `n_k` fills the rest."""
-    nothing = mask.num_keys
-    first = begin.unsqueeze(-1)
-    used = torch.arange(index.shape[-1], device=index.device) < count.unsqueeze(-1)
+    """Return the candidates of every tile, ascending and once each; `n_k` fills the rest.
+
+    What all rows of a tile hold by the bands is no candidate; under a causal mask, nor is what does
+    not stand before the tile.
+    """
+    index, count = _joined(lists, shape, mask)
+    first, stop = begin, None
+    held = window.left + window.right + 2 - size  # keys around the tile that all rows hold
     if mask.is_causal:
-        used = used & (index < first)
-    # what all rows of the tile hold by the bands
-    used = used & ~(window.holds(index, first) & window.holds(index, first + size - 1))
-    index = torch.where(used, index, nothing).sort(dim=-1).values
-    repeats = torch.zeros_like(used)
-    repeats[..., 1:] = index[..., 1:] == index[..., :-1]
-    return torch.where(repeats, nothing, index)
+        stop = torch.minimum(first, first + (size - 1 - window.left))
+    elif held > 0:
+        first = (first + (size - 1 - window.left)).unsqueeze(-1)
+        index = torch.where((index >= first) & (index < first + held), mask.num_keys, index)
+    index, _ = best_distinct(
+        index, limit=mask.num_keys, k=max(1, index.shape[-1]), count=count,
+        start=window.num_sinks, stop=stop,
+    )  # fmt: skip
+    return index
+
+
+def _joined(
+    lists: list[ListMask], shape: tuple[int, int, int], mask: HeavyMask
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return lists of one tile size side by side, `n_k` in unused slots; or one and its count."""
+    indices = [spread_heads(part.key_index, shape[1]).expand(*shape, -1) for part in lists]
+    counts = [spread_heads(part.key_count, shape[1]).expand(shape) for part in lists]
+    if len(lists) == 1:
+        return indices[0], counts[0]
+    lengths = [index.shape[-1] for index in indices]
+    joined = torch.empty((*shape, sum(lengths)), dtype=torch.int32, device=mask.device)
+    for part, index, count in zip(joined.split(lengths, dim=-1), indices, counts, strict=True):
+        used = torch.arange(index.shape[-1], device=index.device) < count.unsqueeze(-1)
+        part.copy_(torch.where(used, index, mask.num_keys))
+    return joined, None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from math import log
 from typing import NamedTuple
 
 import torch
 
+from ..errors import ArgumentError
 from ..precision import without_autocast
 from .ops import has_triton
 from .ops import mass as _schema  # noqa: F401  (defines the operator implemented here)
@@ -40,7 +42,7 @@ NO_WINDOW = Window(-1, -1, 0)
 def tile_mass(
     voters: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, key: torch.Tensor,
     index: torch.Tensor, begin: torch.Tensor, window: Window = NO_WINDOW, *, scale: float,
-    is_causal: bool, is_delayed: bool = False,
+    is_causal: bool, is_delayed: bool = False, stride: int = 1,
 ) -> torch.Tensor:  # fmt: skip
     """Return the softmax mass that each tile's voters give to its candidates.
 
@@ -60,15 +62,23 @@ def tile_mass(
         scale: factor of the logits.
         is_causal: whether keys from the tile on are left out.
         is_delayed: whether the voters end with the first row of the tile.
+        stride: where above 1, the softmax counts only every `stride`-th slot of the list, `stride`
+            times over. Masses are then estimates, good for ranking, and no row gives more than 1
+            to a key. What the window holds is counted in full.
 
     Returns:
         `[batch, query_heads, tiles, L]`, in float32 at least; -1 for none. No gradient.
-        Cost O(tiles size (L + window) d) time. On CUDA with Triton one launch, for tiles of up to
-        128 rows and d <= 256; elsewhere in chunks of bounded memory.
+        Cost O(tiles size (L + L / stride + window) d) time. On CUDA with Triton one launch, for
+        tiles of up to 128 rows and d <= 256; elsewhere in chunks of bounded memory.
+
+    Raises:
+        ArgumentError: for `stride` below 1.
     """
+    if stride < 1:
+        raise ArgumentError(f"tile_mass: stride={stride} counts nothing; pass at least 1")
     mass: torch.Tensor = torch.ops.hyperframe.tile_mass(
         voters.detach(), rows, position, key.detach(), index, begin, list(window), scale,
-        is_causal, is_delayed,
+        is_causal, is_delayed, stride,
     )  # fmt: skip
     return mass
 
@@ -77,7 +87,7 @@ def tile_mass(
 def _run(
     voters: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, key: torch.Tensor,
     index: torch.Tensor, begin: torch.Tensor, window: list[int], scale: float, is_causal: bool,
-    is_delayed: bool,
+    is_delayed: bool, stride: int,
 ) -> torch.Tensor:  # fmt: skip
     if key.is_cuda and torch.version.hip is None and has_triton():
         from .triton import mass as kernels
@@ -86,18 +96,18 @@ def _run(
             with torch.cuda.device(key.device):
                 return kernels.triton_tile_mass(
                     voters, rows, position, key, index, begin, (window[0], window[1], window[2]),
-                    scale=scale, is_causal=is_causal, is_delayed=is_delayed,
+                    scale=scale, is_causal=is_causal, is_delayed=is_delayed, stride=stride,
                 )  # fmt: skip
     return torch_tile_mass(
         voters, rows, position, key, index, begin, Window(*window), scale=scale,
-        is_causal=is_causal, is_delayed=is_delayed,
+        is_causal=is_causal, is_delayed=is_delayed, stride=stride,
     )  # fmt: skip
 
 
 def torch_tile_mass(
     voters: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, key: torch.Tensor,
     index: torch.Tensor, begin: torch.Tensor, window: Window, *, scale: float, is_causal: bool,
-    is_delayed: bool,
+    is_delayed: bool, stride: int = 1,
 ) -> torch.Tensor:  # fmt: skip
     """Do what `tile_mass` says, for some tiles at a time, on any device."""
     batch, heads, tiles, slots = index.shape
@@ -111,7 +121,7 @@ def torch_tile_mass(
         part = slice(start, start + step)
         mass[:, :, part] = _mass(
             voters[:, :, part], rows[part], position[part], key, index[:, :, part], begin[part],
-            window, scale=scale, is_causal=is_causal, is_delayed=is_delayed,
+            window, scale=scale, is_causal=is_causal, is_delayed=is_delayed, stride=stride,
         )  # fmt: skip
     return mass
 
@@ -119,7 +129,7 @@ def torch_tile_mass(
 def _mass(
     voters: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, key: torch.Tensor,
     index: torch.Tensor, begin: torch.Tensor, window: Window, *, scale: float, is_causal: bool,
-    is_delayed: bool,
+    is_delayed: bool, stride: int,
 ) -> torch.Tensor:  # fmt: skip
     num_keys = key.shape[2]
     dtype = torch.promote_types(key.dtype, torch.float32)
@@ -133,7 +143,7 @@ def _mass(
     if is_causal:
         hidden = hidden | (there > at.unsqueeze(-1))
     logits = logits.masked_fill(hidden, lowest)
-    normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    normaliser = logits[..., ::stride].logsumexp(dim=-1, keepdim=True) + log(stride)
     if window.left >= 0:
         # from what the first voter holds on, which may come a tile before the first row
         lag = size - 1 if is_delayed else 0
@@ -151,7 +161,11 @@ def _mass(
         near = near.clamp(0, max(0, num_keys - 1)).expand(*index.shape[:2], -1, -1)
         others = _logits(voters, key, near, scale).masked_fill(~held, lowest)
         normaliser = torch.logaddexp(normaliser, others.logsumexp(dim=-1, keepdim=True))
-    mass = (logits - normaliser).exp().masked_fill(hidden | ~counts.unsqueeze(-1), 0)
+    share = logits - normaliser
+    if stride > 1:
+        # a sum that lacks a key may be smaller than its term, or nothing
+        share = share.clamp(max=0).masked_fill(normaliser < lowest / 2, lowest)
+    mass = share.exp().masked_fill(hidden | ~counts.unsqueeze(-1), 0)
     return mass.sum(dim=3).masked_fill(index >= num_keys, -1.0)
 
 

@@ -24,11 +24,14 @@ class ListMask(HeavyMask):
             is `ceil(n_q / tile_size)`; expanded (stride 0) dimensions are welcome and kept.
         key_count: integer `[batch, heads, tiles]`; slots from `key_count` on are unused.
         tile_size: rows of a tile; `n_q` or more for one list a head, 1 for one list a row.
+        is_ascending: the maker vouches that the used keys of every list ascend, which spares the
+            builder a sort on a GPU.
     """
 
     key_index: torch.Tensor
     key_count: torch.Tensor
     tile_size: int
+    is_ascending: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -132,7 +135,10 @@ class ListMask(HeavyMask):
             raise ArgumentError(
                 f"tile_size: {tile_size} does not divide the mask's tile size {self.tile_size}"
             )
-        return ListMask(**problem_of(self), key_index=index, key_count=count, tile_size=tile_size)
+        return ListMask(
+            **problem_of(self), key_index=index, key_count=count, tile_size=tile_size,
+            is_ascending=self.is_ascending,
+        )  # fmt: skip
 
     def restricted(self, row_start: int, num_rows: int, key_start: int, num_keys: int) -> ListMask:
         """Return the part of the mask in a rectangle, as a mask over that rectangle, uncausal."""

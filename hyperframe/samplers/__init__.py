@@ -7,6 +7,8 @@ from .base import AbstractSampler
 __all__ = ["AbstractSampler", "create", "entries", "names", "register", "registry", "to_spec"]
 
 _BUILTINS = {
+    "auto": ".samplers.auto:Auto",
+    "centroid": ".samplers.centroid:Centroid",
     "importance": ".samplers.importance:Importance",
     "row_norm": ".samplers.row_norm:RowNorm",
     "stratified": ".samplers.stratified:Stratified",

@@ -11,6 +11,7 @@ from hyperframe import detectors
 # every parameter differs from its default
 SPECS = {
     "antidiagonal": "antidiagonal(block_size=6, num_blocks=2, stride=3, top_p=0.5, tile_size=9)",
+    "auto": "auto(preset='fast')",
     "balanced_lsh": "balanced_lsh(block_size=6, num_projections=3, num_rounds=2, checkpoint=5)",
     "bigbird": ("bigbird(block_size=6, window_blocks=2, num_random=1, num_global=7, seed=4)"),
     "block_list": "block_list(blocks=((0, 0), (2, 1)), block_size=9)",
@@ -21,13 +22,14 @@ SPECS = {
         "kmeans(tile_size=9, num_means=2, chunk_size=18, block_size=6, num_blocks=2, num_steps=3, "
         "batch_size=20)"
     ),
+    "lsh_topk": "lsh_topk(num_rounds=2, keep=3, num_keys=6, num_buckets=8, reach=9, tile_size=9)",
     "oracle": "oracle(budget=6)",
     "pca_tree": "pca_tree(tile_size=9, num_means=2, chunk_size=18, leaf_size=6, num_leaves=2)",
     "pooled_topk": (
         "pooled_topk(tile_size=9, num_means=2, chunk_size=18, block_size=6, num_blocks=2)"
     ),
     "quest": "quest(block_size=6, num_blocks=2, num_queries=3, reduction='max', tile_size=9)",
-    "refined": "refined(candidates='oracle(budget=60)', num_keys=6, tile_size=9)",
+    "refined": "refined(candidates='oracle(budget=60)', num_keys=6, top_p=0.9, tile_size=9)",
     "reformer_lsh": "reformer_lsh(block_size=6, num_buckets=8, num_rounds=2)",
     "sliding_window": "sliding_window(width=6, num_sinks=2)",
     "sort_lsh": "sort_lsh(block_size=6, num_projections=3, centre_keys=True, num_rounds=2)",

@@ -75,9 +75,10 @@ def chosen_by_hand(
             share = torch.softmax(logits.masked_fill(~seen, -torch.inf), dim=-1)
             mass += share.masked_fill(~votes, 0.0)
         mass = mass.masked_fill(~is_candidate, -1.0)
-        best = mass.topk(min(num_keys, keys), dim=-1)
+        # stable: of ties the first ones
+        most, best = mass.sort(dim=-1, descending=True, stable=True)
         tile = torch.zeros(batch, heads, keys, dtype=torch.bool)
-        tile.scatter_(-1, best.indices, best.values >= 0)
+        tile.scatter_(-1, best[..., :num_keys], most[..., :num_keys] >= 0)
         own = (place >= begin) & (place < begin + size)
         for row in range(start, stop):
             at = row + offset

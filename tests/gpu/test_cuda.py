@@ -22,6 +22,7 @@ SPECS = [
     "antidiagonal(block_size=16, num_blocks=3, tile_size=32)",
     "pca_tree(leaf_size=8, num_leaves=4, tile_size=32, chunk_size=128)",
     "reformer_lsh(block_size=32, num_rounds=2)",
+    "lsh_topk(num_keys=48, num_rounds=2, tile_size=32)",
 ]
 
 

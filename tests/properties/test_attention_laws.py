@@ -27,6 +27,7 @@ DETECTORS = [
     "kmeans(block_size=3, num_blocks=2, num_steps=2, batch_size=5, tile_size=4, chunk_size=8)",
     "balanced_lsh(block_size=5, num_rounds=2, checkpoint=4)",
     "reformer_lsh(block_size=4, num_buckets=6, num_rounds=2)",
+    "lsh_topk(num_keys=4, num_buckets=4, num_rounds=2, reach=5, tile_size=4)",
 ]
 detectors = st.sampled_from(DETECTORS)
 samplers = st.sampled_from(["uniform", "row_norm"])

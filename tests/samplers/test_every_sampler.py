@@ -17,7 +17,7 @@ from hyperframe.samplers.base import AbstractSampler
 from hyperframe.testing import dense_attention
 
 INDEPENDENT = ["uniform", "row_norm", "importance(tile_size=4, num_queries=5)"]
-NAMES = [*INDEPENDENT, "stratified"]
+NAMES = [*INDEPENDENT, "stratified", "centroid", "auto"]
 FALSE_ALARM = 1e-6
 
 
@@ -51,8 +51,8 @@ def test_a_sample_is_an_index_and_a_weight_for_every_key_head(
     assert sample.index.dtype == torch.int64
     assert sample.log_weight.dtype == torch.float32
     assert ((sample.index >= 0) & (sample.index < 30)).all()
-    # a stratified sample takes few keys once, others draw them again
-    used = min(30, num_samples) if name == "stratified" else num_samples
+    # one key of each run or group: few keys are taken once; others draw them again
+    used = min(30, num_samples) if name in ("stratified", "centroid", "auto") else num_samples
     assert (sample.log_weight.isfinite().sum(-1) == used).all()
     assert (sample.log_weight.isfinite() | (sample.log_weight == -torch.inf)).all()
 

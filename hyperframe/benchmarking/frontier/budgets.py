@@ -91,6 +91,7 @@ BUDGET_RULES: dict[str, Rule] = {
     "dilated": _is("width"),
     "heavy_columns": _is("num_columns"),
     "kmeans": _times("num_blocks", "block_size"),
+    "lsh_topk": _is("num_keys"),
     "oracle": _is("budget"),
     "pca_tree": _times("num_leaves", "leaf_size"),
     "pooled_topk": _times("num_blocks", "block_size"),
@@ -107,6 +108,7 @@ BUDGET_RULES: dict[str, Rule] = {
 """What `with_budget` does to the detectors of this distribution, by registered name."""
 
 LEFT_OUT = {
+    "auto": "made of the others, with budgets of its own",
     "block_list": "a pattern of the user's own",
     "oracle": "a yardstick, quadratic and with a list for every row",
     "union": "made of the others",

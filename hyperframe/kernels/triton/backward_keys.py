@@ -292,6 +292,7 @@ def add_samples_kernel(
 
     `part` is float32 `[batch, key_heads, rectangles, slots, d]`, `out` contiguous
     `[batch, key_heads, n_k, d]`. The first slot of a key adds for all of them, in their order.
+    Slots are read beside one's own only where they name the same key, which few do.
     """
     slot_blocks = tl.cdiv(num_slots, BLOCK_N)
     program = tl.program_id(0)
@@ -307,17 +308,21 @@ def add_samples_kernel(
     key = tl.load(index_ptr + slot, mask=used, other=-1)
     used = used & (key >= 0) & (key < num_keys)
     repeats = tl.zeros([BLOCK_N], tl.int32)
-    total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    total = tl.load(
+        part_ptr + slot[:, None] * D + dim[None, :],
+        mask=(slot < num_slots)[:, None] & (dim < D)[None, :], other=0.0,
+    )  # fmt: skip
     for start in range(0, num_slots, BLOCK_N):
         other = start + tl.arange(0, BLOCK_N)
         other_key = tl.load(index_ptr + other, mask=other < num_slots, other=-2)
-        same = key[:, None] == other_key[None, :]
+        same = (key[:, None] == other_key[None, :]) & (slot[:, None] != other[None, :])
         repeats += tl.sum((same & (other[None, :] < slot[:, None])).to(tl.int32), 1)
-        values = tl.load(
-            part_ptr + other[:, None] * D + dim[None, :],
-            mask=(other < num_slots)[:, None] & (dim < D)[None, :], other=0.0,
-        )  # fmt: skip
-        total = tl.dot(same.to(tl.float32), values, total, input_precision="ieee")
+        if tl.max(tl.max(same.to(tl.int32), 1), 0) > 0:
+            values = tl.load(
+                part_ptr + other[:, None] * D + dim[None, :],
+                mask=(other < num_slots)[:, None] & (dim < D)[None, :], other=0.0,
+            )  # fmt: skip
+            total = tl.dot(same.to(tl.float32), values, total, input_precision="ieee")
     stored = (used & (repeats == 0))[:, None] & (dim < D)[None, :]
     targets = out_ptr + (flat_head * num_keys + key)[:, None] * D + dim[None, :]
     total += tl.load(targets, mask=stored, other=0.0).to(tl.float32)

@@ -266,8 +266,10 @@ def forward_kernel(
         elif not MERGE:
             if start == 0:
                 value_top = finite(top_of(logits, factor, weight, UNIFORM))
-        weights = exponentials(logits, finite(value_top), factor, weight, UNIFORM)
-        if not SPLIT:
+        if SPLIT:
+            weights = exponentials(logits, finite(value_top), factor, weight, UNIFORM)
+        else:
+            weights = exponentials(logits, value_top, factor, weight, UNIFORM)
             heavy_sum += tl.sum(weights, 1)
         v = load_rows(
             v_ptr, key[:, None], v_row, dim_v[None, :], summary_value_ptr, num_keys, D_V,

@@ -1,70 +1,183 @@
 """How much the rows of a tile attend to each key of its list: one launch, two passes.
 
-One program owns a tile. The first pass walks over the candidates, and over what a window holds,
-with an online softmax that keeps no output: it leaves the log normaliser of every row in registers.
-The second pass makes the scores of the candidates anew and adds up their exponentials over rows.
+One program owns a tile. The first pass walks over what a window holds and over the candidates, and
+leaves the log normaliser of every row in registers. The second pass makes the scores of the
+candidates anew and adds up their exponentials over the rows.
+
+Blocks are `[keys, rows]`: a thread has many rows of few keys, so that the sums over rows, wanted of
+every block, stay in the thread. The sums over keys are made once, after the first pass. To that end
+exponentials are shifted by the maximum of the row's first block, as in `forward`; where the sums
+say that this did not do, the first pass is done once more with the running maximum.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 
 from .arguments import is_wide
-from .common import LOG2_E, load_rows
-from .configs import padded
+from .common import LOG2_E, load_rows, nearest
+from .configs import is_interpreted, padded, power_of_two
 from .forward import finite
 
 __all__ = ["supports", "triton_tile_mass"]
 
-
-@triton.jit
-def held_by_window(key, position, left, right, num_sinks):
-    """Return whether rows hold keys by a window; broadcasts positions of both."""
-    return ((key >= position - left) & (key <= position + right)) | (key < num_sinks)
+NOWHERE: tl.constexpr = tl.constexpr(-0x7FFFFFFF)  # a position that no row has
 
 
 @triton.jit
-def add_block(logits, top, total):
-    """Return the running maximum and sum of the rows with the logits of one more block."""
-    new_top = tl.maximum(top, tl.max(logits, 1))
-    shift = finite(new_top)
-    total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
-    return new_top, total
+def is_between(position, low, span):
+    """Return whether rows lie from `low` of a key to `span` after it, unsigned: `[keys, rows]`."""
+    return (position[None, :] - low[:, None]).to(tl.uint32, bitcast=True) <= span[:, None]
 
 
 @triton.jit
-def block_logits(
-    q, k_ptr, k_row, index_ptr, key, start, slots, dim, position, first_position, num_keys, left,
-    right, num_sinks, factor, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr,
+def products(
+    q_t, k_ptr, k_row, key, dim, num_keys, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return the products of some keys with all rows, `[keys, rows]`."""
+    k = load_rows(
+        k_ptr, nearest(key, num_keys)[:, None], k_row, dim[None, :], k_ptr, num_keys, D, BLOCK_D,
+        False, WIDE,
+    )  # fmt: skip
+    return tl.dot(k, q_t, input_precision=PRECISION)
+
+
+@triton.jit
+def candidate_products(
+    q_t, k_ptr, k_row, key, dim, position, is_clear, num_keys, left, right, num_sinks,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return the logits of a block of candidates, `-inf` where a row gives a key no mass.
+    """Return `products`, `-inf` where a row gives a key no mass; nowhere if `is_clear`."""
+    found = products(q_t, k_ptr, k_row, key, dim, num_keys, D, BLOCK_D, WIDE, PRECISION)
+    if is_clear == 0:
+        # rows behind the window, and if not causal also those before it
+        low = key + left + 1
+        span = tl.zeros_like(key) + (0x3FFFFFFF if IS_CAUSAL else -(left + right + 2))
+        nobody = (key >= num_keys) | (key < num_sinks)
+        low = tl.where(nobody, NOWHERE, low)
+        span = tl.where(nobody, 0, span)
+        seen = is_between(position, low, span.to(tl.uint32, bitcast=True))
+        found = tl.where(seen, found, float("-inf"))
+    return found
 
-    Candidates ascend, so the first and the last key of the block tell whether to look at all.
+
+@triton.jit
+def window_products(
+    q_t, k_ptr, k_row, slot, dim, position, begin, first_key, num_keys, left, right, num_sinks,
+    span, D: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return `products` for slots of the window, `-inf` where a row does not hold the key.
+
+    The slots are the sinks, then `span` keys from `first_key` on.
     """
-    k = load_rows(
-        k_ptr, tl.minimum(key, num_keys - 1)[:, None], k_row, dim[None, :], k_ptr, num_keys, D,
-        BLOCK_D, False, WIDE,
-    )  # fmt: skip
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
-    first = tl.load(index_ptr + start).to(tl.int32)
-    last = tl.load(index_ptr + tl.minimum(start + BLOCK_N, slots) - 1).to(tl.int32)
-    is_tested = (last >= num_keys) | (start + BLOCK_N > slots)
-    if HAS_WINDOW:
-        is_tested = is_tested | (first < num_sinks) | (last >= first_position - left)
+    is_sink = slot < num_sinks
+    key = tl.where(is_sink, slot, first_key + (slot - num_sinks))
+    real = (key < num_keys) & (is_sink | ((key >= num_sinks) & (slot < num_sinks + span)))
     if IS_CAUSAL:
-        is_tested = is_tested | (last > first_position)
-    if is_tested:
-        hidden = (key >= num_keys)[None, :] & (position > -0x7FFFFFFF)[:, None]
-        if HAS_WINDOW:
-            hidden |= held_by_window(key[None, :], position[:, None], left, right, num_sinks)
-        if IS_CAUSAL:
-            hidden |= key[None, :] > position[:, None]
-        logits = tl.where(hidden, float("-inf"), logits)
-    return logits
+        real = real & (key < begin)
+        low, held = key, tl.where(is_sink, 0x3FFFFFFF, left)
+    else:
+        low, held = key - right, tl.where(is_sink, -1, left + right)
+    low = tl.where(real, low, NOWHERE)
+    held = tl.where(real, held, 0)
+    found = products(q_t, k_ptr, k_row, key, dim, num_keys, D, BLOCK_D, WIDE, PRECISION)
+    seen = is_between(position, low, held.to(tl.uint32, bitcast=True))
+    return tl.where(seen, found, float("-inf"))
+
+
+@triton.jit
+def add_block(found, factor, weight, shift, total, is_first, IS_RUNNING: tl.constexpr):
+    """Add the exponentials of a block; return what a row is shifted by, and the sums.
+
+    The shift is the maximum of the row's first block, and there is a sum for every place of a
+    block. If `IS_RUNNING` it is the maximum so far, and there is a sum for every row.
+    """
+    if IS_RUNNING:
+        top = tl.maximum(shift, tl.max(found, 0) * factor + weight)
+        total *= tl.exp2(shift - finite(top))
+        shift = top
+        total += tl.sum(tl.exp2(found * factor + (weight - finite(shift))[None, :]), 0)
+    else:
+        if is_first:
+            shift = finite(tl.max(found, 0) * factor + weight)
+        total += tl.exp2(found * factor + (weight - shift)[None, :])
+    return shift, total
+
+
+@triton.jit
+def row_sums(
+    q_t, k_ptr, k_row, index_ptr, used_slots, clear_start, clear_stop, dim, position,
+    first_position, begin, num_keys, left, right, num_sinks, span, factor, weight,
+    STRIDE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, IS_RUNNING: tl.constexpr,
+):  # fmt: skip
+    """Return shifts and sums of all rows: of the window, and of every `STRIDE`-th candidate.
+
+    `weight` is the log2 of how many candidates each of these stands for.
+    """
+    lane = tl.arange(0, BLOCK_N)
+    if IS_RUNNING:
+        shift = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+    else:
+        shift = tl.zeros([BLOCK_M], tl.float32)
+        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    if HAS_WINDOW:
+        first_key = first_position - left
+        for start in range(0, num_sinks + span, BLOCK_N):
+            found = window_products(
+                q_t, k_ptr, k_row, start + lane, dim, position, begin, first_key, num_keys, left,
+                right, num_sinks, span, D, BLOCK_D, IS_CAUSAL, WIDE, PRECISION,
+            )  # fmt: skip
+            shift, total = add_block(found, factor, 0.0, shift, total, start == 0, IS_RUNNING)
+    # keys are loaded a block ahead: the gathers do not wait for them
+    slot = lane * STRIDE
+    next_key = tl.load(index_ptr + slot, mask=slot < used_slots, other=num_keys).to(tl.int32)
+    for start in range(0, used_slots, BLOCK_N * STRIDE):
+        key = next_key
+        slot += BLOCK_N * STRIDE
+        next_key = tl.load(index_ptr + slot, mask=slot < used_slots, other=num_keys).to(tl.int32)
+        found = candidate_products(
+            q_t, k_ptr, k_row, key, dim, position,
+            (start >= clear_start) & (start + BLOCK_N * STRIDE <= clear_stop), num_keys, left,
+            right, num_sinks, D, BLOCK_D, IS_CAUSAL, WIDE, PRECISION,
+        )  # fmt: skip
+        is_first = (start == 0) & (HAS_WINDOW == 0)
+        shift, total = add_block(found, factor, weight, shift, total, is_first, IS_RUNNING)
+    if not IS_RUNNING:
+        total = tl.sum(total, 0)
+    return shift, total
+
+
+@triton.jit
+def clear_slots(
+    index_ptr, slots, num_keys, first_position, left, num_sinks, BLOCKS: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Return of a list: used slots, in whole blocks, and the slots of blocks that all rows see.
+
+    Candidates ascend, so the first and the last key of a block tell.
+    """
+    block = tl.arange(0, BLOCKS) * BLOCK_N
+    exists = block < slots
+    first = tl.load(index_ptr + block, mask=exists, other=num_keys).to(tl.int32)
+    last_slot = tl.minimum(block + BLOCK_N, slots) - 1
+    last = tl.load(index_ptr + last_slot, mask=exists, other=num_keys).to(tl.int32)
+    near = num_keys
+    if HAS_WINDOW or IS_CAUSAL:
+        near = tl.minimum(near, first_position - left)
+    start = BLOCK_N * tl.sum((first < num_sinks).to(tl.int32), 0)
+    used = BLOCK_N * tl.sum((first < num_keys).to(tl.int32), 0)
+    is_far = (last < near) & (block + BLOCK_N <= slots)
+    return used, start, BLOCK_N * tl.sum(is_far.to(tl.int32), 0)
 
 
 @triton.jit(
@@ -73,18 +186,20 @@ def block_logits(
 def tile_mass_kernel(
     voter_ptr, voter_batch, voter_head, voter_tile, voter_row, k_ptr, k_batch, k_head, k_row,
     index_ptr, mass_ptr, rows_ptr, position_ptr, begin_ptr, heads_per_key, num_heads, num_tiles,
-    slots, num_keys, left, right, num_sinks, span, scale,
+    slots, num_keys, left, right, num_sinks, span, scale, weight,
     SIZE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """See the module; `index` and `mass` are contiguous `[batch, heads, tiles, slots]`."""
     tile, head = tl.program_id(0), tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     row = tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_D)
+    lane = tl.arange(0, BLOCK_N)
     counts = row < tl.load(rows_ptr + tile)
-    position = tl.load(position_ptr + tile) + row
+    first_position = tl.load(position_ptr + tile)
+    position = first_position + row
     begin = tl.load(begin_ptr + tile)
     voter_ptr += batch * voter_batch + head.to(tl.int64) * voter_head
     voter_ptr += tile.to(tl.int64) * voter_tile
@@ -92,64 +207,54 @@ def tile_mass_kernel(
         voter_ptr + row[:, None] * voter_row + dim[None, :],
         mask=(row < SIZE)[:, None] & (dim < D)[None, :], other=0.0,
     )  # fmt: skip
+    q_t = tl.trans(q)
     k_ptr += batch * k_batch + (head // heads_per_key).to(tl.int64) * k_head
-    first = ((batch * num_heads + head) * num_tiles + tile) * slots
-    index_ptr += first
-    mass_ptr += first
+    flat_tile = (batch * num_heads + head) * num_tiles + tile
+    index_ptr += flat_tile * slots
+    mass_ptr += flat_tile * slots
     factor = scale * LOG2_E
-    lane = tl.arange(0, BLOCK_N)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    first_position = tl.load(position_ptr + tile)
-    # keys are loaded a block ahead: the gathers do not wait for them
-    next_key = tl.load(index_ptr + lane, mask=lane < slots, other=num_keys).to(tl.int32)
-    for start in range(0, slots, BLOCK_N):
-        key = next_key
-        later = start + BLOCK_N + lane
-        next_key = tl.load(index_ptr + later, mask=later < slots, other=num_keys).to(tl.int32)
-        logits = block_logits(
-            q, k_ptr, k_row, index_ptr, key, start, slots, dim, position, first_position, num_keys,
-            left, right, num_sinks, factor, D, BLOCK_N, BLOCK_D, HAS_WINDOW, IS_CAUSAL, WIDE,
-            PRECISION,
+    used_slots, clear_start, clear_stop = clear_slots(
+        index_ptr, slots, num_keys, first_position, left, num_sinks, BLOCKS, BLOCK_N, HAS_WINDOW,
+        IS_CAUSAL,
+    )  # fmt: skip
+    used_slots = tl.minimum(used_slots, slots)
+    shift, total = row_sums(
+        q_t, k_ptr, k_row, index_ptr, used_slots, clear_start, clear_stop, dim, position,
+        first_position, begin, num_keys, left, right, num_sinks, span, factor, weight, STRIDE, D,
+        BLOCK_M, BLOCK_N, BLOCK_D, HAS_WINDOW, IS_CAUSAL, WIDE, PRECISION, False,
+    )  # fmt: skip
+    good = (total > 8.7e-19) & (total < 1.2e18)
+    if tl.min((good | (counts == 0)).to(tl.int32), 0) == 0:
+        # far from the shift a sum has lost terms that matter, or overflows; few keys at a time,
+        # so that this takes no more registers
+        shift, total = row_sums(
+            q_t, k_ptr, k_row, index_ptr, used_slots, clear_start, clear_stop, dim, position,
+            first_position, begin, num_keys, left, right, num_sinks, span, factor, weight, STRIDE,
+            D, BLOCK_M, 16, BLOCK_D, HAS_WINDOW, IS_CAUSAL, WIDE, PRECISION, True,
         )  # fmt: skip
-        top, total = add_block(logits, top, total)
-    if HAS_WINDOW:
-        # sinks, then the keys around the tile
-        for start in range(0, num_sinks + span, BLOCK_N):
-            slot = start + lane
-            is_sink = slot < num_sinks
-            near = first_position - left + (slot - num_sinks)
-            key = tl.where(is_sink, slot, near)
-            real = (key < num_keys) & (is_sink | ((key >= num_sinks) & (slot < num_sinks + span)))
-            if IS_CAUSAL:
-                real = real & (key < begin)
-            k = load_rows(
-                k_ptr, tl.minimum(tl.maximum(key, 0), num_keys - 1)[:, None], k_row, dim[None, :],
-                k_ptr, num_keys, D, BLOCK_D, False, WIDE,
-            )  # fmt: skip
-            held = real[None, :] & held_by_window(
-                key[None, :], position[:, None], left, right, num_sinks
-            )
-            if IS_CAUSAL:
-                held = held & (key[None, :] <= position[:, None])
-            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
-            top, total = add_block(tl.where(held, logits, float("-inf")), top, total)
     # rows that see nothing, and rows that do not count, give no mass
     gives = (total > 0.0) & counts
-    lse = tl.where(gives, top + tl.log2(tl.where(gives, total, 1.0)), float("inf"))
-    next_key = tl.load(index_ptr + lane, mask=lane < slots, other=num_keys).to(tl.int32)
-    for start in range(0, slots, BLOCK_N):
+    lse = tl.where(gives, shift + tl.log2(tl.where(gives, total, 1.0)), float("inf"))
+    slot = lane
+    next_key = tl.load(index_ptr + slot, mask=slot < used_slots, other=num_keys).to(tl.int32)
+    for start in range(0, used_slots, BLOCK_N):
         key = next_key
-        later = start + BLOCK_N + lane
-        next_key = tl.load(index_ptr + later, mask=later < slots, other=num_keys).to(tl.int32)
-        logits = block_logits(
-            q, k_ptr, k_row, index_ptr, key, start, slots, dim, position, first_position, num_keys,
-            left, right, num_sinks, factor, D, BLOCK_N, BLOCK_D, HAS_WINDOW, IS_CAUSAL, WIDE,
-            PRECISION,
+        later = slot + BLOCK_N
+        next_key = tl.load(index_ptr + later, mask=later < used_slots, other=num_keys).to(tl.int32)
+        found = candidate_products(
+            q_t, k_ptr, k_row, key, dim, position,
+            (start >= clear_start) & (start + BLOCK_N <= clear_stop), num_keys, left, right,
+            num_sinks, D, BLOCK_D, IS_CAUSAL, WIDE, PRECISION,
         )  # fmt: skip
-        mass = tl.sum(tl.exp2(logits - lse[:, None]), 0)
-        slot = start + lane
+        share = found * factor - lse[None, :]
+        if STRIDE > 1:
+            share = tl.minimum(share, 0.0)  # of a sum that lacks it
+        mass = tl.sum(tl.exp2(share), 1)
         tl.store(mass_ptr + slot, tl.where(key < num_keys, mass, -1.0), mask=slot < slots)
+        slot = later
+    nothing = tl.full([BLOCK_N], -1.0, tl.float32)
+    for start in range(used_slots, slots, BLOCK_N):
+        tl.store(mass_ptr + start + lane, nothing, mask=start + lane < slots)
 
 
 def supports(voters: torch.Tensor, key: torch.Tensor) -> bool:
@@ -158,6 +263,7 @@ def supports(voters: torch.Tensor, key: torch.Tensor) -> bool:
         key.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and voters.dtype == key.dtype
         and key.shape[-1] <= 256
+        and key.shape[2] > 0
         and voters.shape[3] <= 128
         and max(voters.shape[0], voters.shape[1]) <= 65535
     )
@@ -166,7 +272,7 @@ def supports(voters: torch.Tensor, key: torch.Tensor) -> bool:
 def triton_tile_mass(
     voters: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, key: torch.Tensor,
     index: torch.Tensor, begin: torch.Tensor, window: tuple[int, int, int], *, scale: float,
-    is_causal: bool, is_delayed: bool,
+    is_causal: bool, is_delayed: bool, stride: int = 1,
 ) -> torch.Tensor:  # fmt: skip
     """Do what `hyperframe.kernels.mass.tile_mass` says, where `supports` holds; no host sync."""
     voters, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (voters, key))
@@ -175,16 +281,24 @@ def triton_tile_mass(
     mass = torch.empty(index.shape, dtype=torch.float32, device=index.device)
     if mass.numel() == 0:
         return mass
-    left, right, num_sinks = window
+    if scale <= 0:
+        # kernels hide a product before they scale it
+        voters, scale = voters * (-1 if scale < 0 else 0), -scale or 1.0
+    left, right, num_sinks = window if window[0] >= 0 else (-1, 0, 0)
     size, width = voters.shape[3], padded(key.shape[-1])
     span = left + (size - 1 if is_delayed else 0) + (0 if is_causal else size + right)
     narrow = key.element_size() == 4 or width > 128
+    block = 32 if narrow else 64
+    options = {"num_warps": 8 if size > 64 else 4, "num_stages": 2 if narrow else 3}
+    if size <= 64 and width <= 64 and not is_interpreted():
+        options["maxnreg"] = 168  # three programs share a multiprocessor
     tile_mass_kernel[(tiles, heads, batch)](
         voters, *voters.stride()[:4], key, *key.stride()[:3], index, mass,
         rows.int(), position.int(), begin.int(), heads // key.shape[1], heads, tiles, slots,
         key.shape[2], left, right, min(num_sinks, key.shape[2]), max(0, span), scale,
-        SIZE=size, D=key.shape[-1], BLOCK_M=padded(size), BLOCK_N=32 if narrow else 64,
-        BLOCK_D=width, HAS_WINDOW=left >= 0, IS_CAUSAL=is_causal, WIDE=is_wide(key),
-        PRECISION="ieee", num_warps=4, num_stages=2 if narrow else 3,
+        math.log2(stride), SIZE=size, D=key.shape[-1], BLOCK_M=padded(size), BLOCK_N=block,
+        BLOCK_D=width, BLOCKS=power_of_two(triton.cdiv(slots, block)), STRIDE=stride,
+        HAS_WINDOW=left >= 0, IS_CAUSAL=is_causal, WIDE=is_wide(key), PRECISION="ieee",
+        **options,
     )  # fmt: skip
     return mass

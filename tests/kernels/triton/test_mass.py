@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hyperframe.errors import ArgumentError
 from hyperframe.kernels.mass import NO_WINDOW, Window, tile_mass, torch_tile_mass
 
 pytest.importorskip("triton")
@@ -78,6 +79,47 @@ def test_head_sizes_groups_and_dtypes(
     compare(given_, Window(9, 0, 3), 1e-4 if dtype == torch.float32 else 2e-3, scale=0.2)
 
 
+@pytest.mark.parametrize("stride", [2, 4, 7])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_softmax_over_some_of_the_slots(stride: int, is_causal: bool) -> None:
+    for window in (NO_WINDOW, Window(6, 0, 3)):
+        compare(problem(size=20, offset=60), window, is_causal=is_causal, stride=stride)
+    # the only slot that counts is hidden from the first rows
+    given_ = problem(size=20, offset=5, slots=stride)
+    compare(given_, NO_WINDOW, is_causal=is_causal, stride=stride)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # seen, and mended
+def test_logits_far_above_and_below_those_of_the_first_block() -> None:
+    # sums shifted by the maximum of the first block overflow, or vanish
+    given_ = problem(slots=90, size=16, offset=95, dim=16)
+    ladder = torch.linspace(-18, -7, 90, device=DEVICE)
+    given_["key"] = given_["key"] * 0.1 + ladder.view(-1, 1)
+    for sign in (1, -1):
+        for window in (NO_WINDOW, Window(20, 0, 3), Window(0, 0, 0)):
+            given_["voters"] = sign * given_["voters"].abs()
+            compare(given_, window, scale=1.5)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_scales_that_are_not_positive(scale: float) -> None:
+    compare(problem(), Window(5, 0, 2), scale=scale)
+
+
+@pytest.mark.parametrize("size", [70, 128])
+def test_tiles_of_many_rows(size: int) -> None:
+    compare(problem(size=size, offset=10), Window(30, 0, 2))
+
+
+def test_lists_that_end_early() -> None:
+    given_ = problem(slots=200, num_keys=300, offset=250)
+    used = torch.tensor([[[0, 1, 63], [64, 65, 128]], [[129, 192, 200], [5, 0, 199]]])
+    is_used = torch.arange(200) < used.unsqueeze(-1)
+    given_["index"] = torch.where(is_used.to(DEVICE), given_["index"], 300)
+    for stride in (1, 3):
+        compare(given_, Window(9, 0, 2), stride=stride)
+
+
 def test_rows_that_see_nothing_have_no_mass_and_what_is_no_candidate_has_minus_one() -> None:
     given_ = problem(offset=0)
     given_["index"] = torch.full_like(given_["index"], 90)
@@ -93,10 +135,12 @@ def test_the_operator_keeps_the_rules_of_torch() -> None:
     given_ = problem()
     torch.library.opcheck(
         torch.ops.hyperframe.tile_mass.default,
-        (*given_.values(), [5, 0, 2], 0.5, True, False),
+        (*given_.values(), [5, 0, 2], 0.5, True, False, 2),
     )
     by_name = tile_mass(**given_, window=Window(5, 0, 2), scale=0.5, is_causal=True)
     assert by_name.shape == given_["index"].shape
+    with pytest.raises(ArgumentError, match="stride=0"):
+        tile_mass(**given_, scale=0.5, is_causal=True, stride=0)
 
 
 def test_what_the_kernel_does_not_take_is_said() -> None:

@@ -1,0 +1,152 @@
+"""Auto: what holds the most of real attention heads for a price, by preset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+from ..component import check_choice
+from ..masks import HeavyMask
+from .base import AbstractDetector
+
+__all__ = ["PRESETS", "Auto", "Preset"]
+
+
+class Preset(NamedTuple):
+    """The detectors of one preset, as specs.
+
+    Attributes:
+        causal: for causal attention, single pass or recursion.
+        dense: where all rows see all keys.
+        long: like `causal`, for more than `LONG` keys: fewer rows vote, fewer rounds of hashing.
+    """
+
+    causal: str
+    dense: str
+    long: str
+
+
+def _refined(num_keys: int, *candidates: str) -> str:
+    return f"refined(candidates='{' | '.join(candidates)}', num_keys={num_keys})"
+
+
+LONG = 32768
+"""Keys up to which finding may cost more for each row; what the longest inputs cost counts most."""
+
+_WINDOW = "sliding_window(width=128, num_sinks=64)"
+_NEAR = "sliding_window(width=32, num_sinks=0)"
+
+
+def _lines(num_columns: int, num_queries: int) -> str:
+    return (
+        f"vertical_slash(num_columns={num_columns}, num_diagonals=16, num_queries={num_queries}, "
+        "min_offset=128)"
+    )
+
+
+PRESETS = {
+    "fast": Preset(
+        causal=_refined(192, _WINDOW, _lines(256, 8), "pooled_topk(num_blocks=16)"),
+        dense=_refined(192, _NEAR, "pca_tree(num_leaves=32)"),
+        long=f"{_WINDOW} | {_lines(192, 8)}",
+    ),
+    "balanced": Preset(
+        causal=_refined(
+            256, _WINDOW, _lines(512, 32), "pooled_topk(num_blocks=32, num_means=8)",
+            "lsh_topk(num_rounds=8, num_keys=192)",
+        ),
+        dense=_refined(320, _NEAR, "pca_tree(num_leaves=64)", "lsh_topk(num_keys=128)"),
+        long=_refined(
+            256, _WINDOW, _lines(256, 8), "pooled_topk(block_size=64, num_blocks=4)",
+        ),
+    ),
+    "accurate": Preset(
+        causal=_refined(
+            768, _WINDOW, _lines(1024, 64), "pooled_topk(num_blocks=64, num_means=8)",
+            "lsh_topk(num_rounds=16, num_keys=384)",
+        ),
+        dense=_refined(768, _NEAR, "pca_tree(num_leaves=96)", "lsh_topk(num_keys=256)"),
+        long=_refined(
+            512, _WINDOW, _lines(512, 16), "pooled_topk(num_blocks=32)",
+            "lsh_topk(num_rounds=4, num_keys=128)",
+        ),
+    ),
+}  # fmt: skip
+"""What each preset holds; see docs/how-to-choose.md for what that costs and gives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auto(AbstractDetector):
+    """The library's choice: a window, and the best of the candidates of several detectors.
+
+    Candidates come from columns and diagonals, from blocks of pooled scores, and (from `balanced`
+    on) from hashing after centring, which finds single far keys that pooled scores blur; all rows
+    of a tile then score them exactly (`refined`). Without a causal mask the leaves of a tree over
+    the keys take the place of columns and blocks. `PRESETS` has the parts.
+
+    `sampler="auto"` is centroids beside this detector, where it is uniform beside others.
+
+    Args:
+        preset: `"fast"`, `"balanced"` or `"accurate"`.
+
+    Cost: that of the parts; linear in n but for the pooled scores, 1/256 of all logits or less.
+    Source: measured on real heads, docs/how-to-choose.md.
+
+    Example:
+        >>> Auto(preset="fast").parts["dense"].name
+        'refined'
+    """
+
+    takes_stream: ClassVar[bool] = True  # every part is asked by itself
+    residual: ClassVar[str] = "auto"
+
+    preset: str = "balanced"
+
+    def __post_init__(self) -> None:
+        """Create the parts."""
+        from . import create
+
+        check_choice(self, "preset", self.preset, tuple(PRESETS))
+        chosen = PRESETS[self.preset]
+        parts = {name: create(spec) for name, spec in chosen._asdict().items()}
+        object.__setattr__(self, "parts", parts)
+        object.__setattr__(self, "is_positional", True)
+
+    parts: ClassVar[dict[str, AbstractDetector]]
+
+    def _part(self, key: torch.Tensor, is_causal: bool) -> AbstractDetector:
+        if not is_causal:
+            return self.parts["dense"]
+        return self.parts["causal" if key.shape[2] <= LONG else "long"]
+
+    def find(
+        self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
+        is_causal: bool = False, generator: torch.Generator | None = None,
+    ) -> HeavyMask:  # fmt: skip
+        """Return what the preset's detector for such a call finds."""
+        return self._part(key, is_causal).find(
+            query, key, scale=scale, is_causal=is_causal, generator=generator
+        )
+
+    def find_strict(
+        self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
+        is_causal: bool = False, generator: torch.Generator | None = None,
+        earlier_query: torch.Tensor | None = None,
+    ) -> HeavyMask:  # fmt: skip
+        """Return what its strictly causal form finds."""
+        return self._part(key, is_causal).find_strict(
+            query, key, scale=scale, is_causal=is_causal, generator=generator,
+            earlier_query=earlier_query,
+        )  # fmt: skip
+
+    def find_within(
+        self, query: torch.Tensor, key: torch.Tensor, *, is_causal: bool = False, **options: Any
+    ) -> HeavyMask:
+        """Return what it finds in a part of a call with padding."""
+        return self._part(key, is_causal).find_within(query, key, is_causal=is_causal, **options)
+
+    def find_rectangle(self, query: torch.Tensor, key: torch.Tensor, **options: Any) -> HeavyMask:
+        """Return what the detector for causal calls finds in a rectangle of the recursion."""
+        return self._part(key, True).find_rectangle(query, key, **options)
