@@ -22,7 +22,7 @@ from .kernels.layout import can_lay_out, tile_lists
 from .kernels.lists import best_distinct
 from .masks import BandMask, BlockMask, HeavyMask, ListMask, RangeMask
 from .plan import RankRanges, TilePlan
-from .ragged import append_lists, concatenate_lists, spread_heads
+from .ragged import append_lists, concatenate_lists, join_padded, spread_heads
 from .rectangles import Places
 from .rowsums import RowSumRule
 from .samples import KeySample, SampleDraw, Summaries
@@ -317,15 +317,23 @@ def _laid_out(
 ) -> TilePlan:  # fmt: skip
     """Plan of everything laid out by position, where tiles have lists of their own: one launch."""
     pieces = [(_int32(part.key_index), part.key_count) for part in lists]
-    if len(lists) == 1 and lists[0].is_ascending:
+    if not pieces:
+        index, count = concatenate_lists(pieces, shape, mask.device)
+    elif len(lists) == 1 and lists[0].is_ascending:
         index, count = pieces[0]
     else:
-        index, count = concatenate_lists(pieces, shape, mask.device)
-        slot = torch.arange(index.shape[-1], device=mask.device)
-        unused = slot >= count.unsqueeze(-1)
+        joined, used = join_padded(pieces, shape, mask.num_keys)
+        start, stop = 0, None
+        if band is not None:
+            start = min(band.num_sinks, mask.num_keys)
+            if mask.is_causal:
+                # from here on all rows of a tile that see a key hold it by the band
+                last = torch.arange(1, shape[2] + 1, device=mask.device) * tile_size - 1
+                stop = last + mask.position_offset - band.left
         index, count = best_distinct(
-            index.masked_fill(unused, mask.num_keys), None, limit=mask.num_keys, k=index.shape[-1]
-        )
+            joined, None, limit=mask.num_keys, k=max(1, joined.shape[-1]), count=used, start=start,
+            stop=stop,
+        )  # fmt: skip
     drawn, weight = None, None
     if sample is not None:
         drawn, weight = sample.index, sample.log_weight.float()

@@ -49,7 +49,8 @@ BREAK_EVEN = {
 
 What `min_seq_len=None` means for a whole call. Those of the torch backend are from
 `benchmarks/crossover.py` (the causal one on a GPU lies beyond the measured lengths), those of the
-Triton backend from `hyperframe bench --suite short`, for calls that launch one by one; captured in
+Triton backend from `hyperframe bench --suite short`, for calls that launch one by one; measured
+with `sort_lsh` (a detector may have a `break_even` of its own). Captured in
 a CUDA graph they win from 4,096 and 8,192 keys on (`min_seq_len=0`).
 """
 
@@ -85,7 +86,8 @@ class Pipeline:
             backend = resolve_backend(
                 self.backend, part.query.device, query=part.query, value=part.value
             )
-            limit = BREAK_EVEN.get((device, backend, part.is_causal), 0)
+            case = (device, backend, part.is_causal)
+            limit = self.detector.break_even.get(case, BREAK_EVEN.get(case, 0))
             if num_keys <= limit and not torch.compiler.is_compiling():
                 _log_exact(device, part.is_causal, limit)
         num_queries = part.query.shape[2]

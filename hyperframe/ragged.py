@@ -8,7 +8,14 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["append_lists", "concatenate_lists", "keep_in_lists", "spread_heads", "take_ranges"]
+__all__ = [
+    "append_lists",
+    "concatenate_lists",
+    "join_padded",
+    "keep_in_lists",
+    "spread_heads",
+    "take_ranges",
+]
 
 _CHUNK_BYTES = 64 << 20  # of temporaries held at once
 
@@ -92,6 +99,31 @@ def _append(
             source = weight.expand(*shape, extra)[:, :, tiles]
             weights[:, :, tiles].scatter_(-1, target, source)
     return joined, weights, count + (extra if more_count is None else more_count)
+
+
+def join_padded(
+    pieces: list[tuple[torch.Tensor, torch.Tensor]], shape: tuple[int, int, int], fill: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return lists side by side: cheaper than `concatenate_lists`, but unused slots lie between.
+
+    Args:
+        pieces: lists and counts, at least one; each for all heads or for key heads.
+        shape: `(batch, heads, tiles)`.
+        fill: what unused slots hold.
+
+    Returns:
+        int32 `[batch, heads, tiles, L]`, and None; of a single piece itself and its counts.
+    """
+    indices = [spread_heads(index, shape[1]).expand(*shape, -1) for index, _ in pieces]
+    counts = [spread_heads(count, shape[1]).expand(shape) for _, count in pieces]
+    if len(pieces) == 1:
+        return indices[0], counts[0]
+    lengths = [index.shape[-1] for index in indices]
+    joined = torch.empty((*shape, sum(lengths)), dtype=torch.int32, device=indices[0].device)
+    for part, index, count in zip(joined.split(lengths, dim=-1), indices, counts, strict=True):
+        used = torch.arange(index.shape[-1], device=index.device) < count.unsqueeze(-1)
+        part.copy_(torch.where(used, index, fill))
+    return joined, None
 
 
 def keep_in_lists(

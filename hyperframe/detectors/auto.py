@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -32,17 +34,17 @@ def _refined(num_keys: int, *candidates: str) -> str:
     return f"refined(candidates='{' | '.join(candidates)}', num_keys={num_keys})"
 
 
-LONG = 32768
+LONG = 16384
 """Keys up to which finding may cost more for each row; what the longest inputs cost counts most."""
 
 _WINDOW = "sliding_window(width=128, num_sinks=64)"
 _NEAR = "sliding_window(width=32, num_sinks=0)"
 
 
-def _lines(num_columns: int, num_queries: int) -> str:
+def _lines(num_columns: int, num_queries: int, num_segments: int = 64) -> str:
     return (
         f"vertical_slash(num_columns={num_columns}, num_diagonals=16, num_queries={num_queries}, "
-        "min_offset=128)"
+        f"num_segments={num_segments}, min_offset=128)"
     )
 
 
@@ -50,7 +52,7 @@ PRESETS = {
     "fast": Preset(
         causal=_refined(192, _WINDOW, _lines(256, 8), "pooled_topk(num_blocks=16)"),
         dense=_refined(192, _NEAR, "pca_tree(num_leaves=32)"),
-        long=f"{_WINDOW} | {_lines(192, 8)}",
+        long=f"sliding_window(width=128, num_sinks=16) | {_lines(128, 2, 256)}",
     ),
     "balanced": Preset(
         causal=_refined(
@@ -59,7 +61,7 @@ PRESETS = {
         ),
         dense=_refined(320, _NEAR, "pca_tree(num_leaves=64)", "lsh_topk(num_keys=128)"),
         long=_refined(
-            256, _WINDOW, _lines(256, 8), "pooled_topk(block_size=64, num_blocks=4)",
+            224, _WINDOW, _lines(160, 2, 256), "pooled_topk(block_size=64, num_blocks=2)"
         ),
     ),
     "accurate": Preset(
@@ -101,6 +103,9 @@ class Auto(AbstractDetector):
 
     takes_stream: ClassVar[bool] = True  # every part is asked by itself
     residual: ClassVar[str] = "auto"
+    break_even: ClassVar[Mapping[tuple[str, str, bool], int]] = MappingProxyType(
+        {("cpu", "torch", True): 16384, ("cpu", "torch", False): 32768}
+    )
 
     preset: str = "balanced"
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -130,6 +131,8 @@ class AbstractDetector(AbstractComponent):
             from the stream is made for every call; `torch.compile` and CUDA graphs cannot have
             that one. Not inherited by a class that finds entries in a way of its own.
         residual: the sampler that `sampler="auto"` takes beside this detector.
+        break_even: keys up to which exact attention is faster, where this was measured for the
+            detector: like `hyperframe.pipeline.BREAK_EVEN`, whose numbers hold for the others.
     """
 
     kind: ClassVar[str] = "detector"
@@ -153,6 +156,7 @@ class AbstractDetector(AbstractComponent):
     is_row_local: ClassVar[bool] = False
     takes_stream: ClassVar[bool] = False
     residual: ClassVar[str] = "uniform"
+    break_even: ClassVar[Mapping[tuple[str, str, bool], int]] = MappingProxyType({})
 
     @abstractmethod
     def find(

@@ -11,9 +11,10 @@ from torch.nn.functional import pad
 
 from ..clustering.metric import in_metric_of
 from ..clustering.pca_tree import num_equal_runs
-from ..clustering.runs import equal_runs, gather_runs, run_means
+from ..clustering.runs import equal_runs, gather_runs
 from ..component import check_positive_int
 from ..errors import ArgumentError
+from ..kernels.leaves import leaf_means
 from ..masks import HeavyMask, ListMask
 from ..ragged import concatenate_lists
 from .base import AbstractDetector, default_scale
@@ -41,7 +42,8 @@ class AbstractLeafDetector(AbstractDetector):
     The points are keys times `(E q q^T)^(1/2)`, so that distances are those of logits. Query heads
     that share a key head share its leaves, by the queries of all of them. The means of `num_means`
     runs of a tile's queries give each leaf a score by its mean key (see `leaves.leaf_scores`), and
-    the tile holds the best leaves.
+    the tile holds the best leaves. On CUDA with Triton the scores come from products of pairs of
+    bfloat16, right to about 1e-5 of the logits: there, near-ties may fall differently.
 
     Under `is_causal` leaves are made in blocks of consecutive keys: in all chunks of `chunk_size`
     keys, and in every even block of `tile_size`, `2 tile_size`, ... `chunk_size / 2` keys. The keys
@@ -84,6 +86,14 @@ class AbstractLeafDetector(AbstractDetector):
         Equal runs of the order are the leaves (`clustering.equal_runs`). No block reads another.
         """
 
+    def _points(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Return what is ordered, `[batch, key_heads, n_k, d]`, in the metric of the queries."""
+        return in_metric_of(query, key)
+
+    def _largest_chunk(self) -> int:
+        """Return how many keys are ordered together under a causal mask, at most."""
+        return self.chunk_size
+
     def _longest_block(self, num_keys: int) -> int:
         """Return how many keys are ordered together where all rows see all keys."""
         return num_keys
@@ -120,7 +130,7 @@ class AbstractLeafDetector(AbstractDetector):
             blocks = [_Blocks(0, block, block, whole), _Blocks(num_keys - rest, rest, rest, 1)]
             blocks = [run for run in blocks if run.blocks and run.size]
             early = query[:, :, :0] if earlier_query is None else earlier_query
-            points = in_metric_of(early if strict else query, key)
+            points = self._points(early if strict else query, key)
             leaves = self._leaves(key, points, blocks, generator)
             num_leaves = leaves.mean.shape[2]
             far = torch.full((-(-num_queries // size),), num_leaves, device=query.device)
@@ -149,7 +159,7 @@ class AbstractLeafDetector(AbstractDetector):
             if blocks:
                 # no row that uses a block is among them
                 early = query[:, :, : max(0, first + unit - offset)]
-                points = in_metric_of(early if strict else query, key)
+                points = self._points(early if strict else query, key)
                 leaves = self._leaves(key, points, blocks, generator)
                 seen = self._seen((tile + units_before).clamp(min=0), blocks)
                 pieces.append(self._choose(query, leaves, seen, scale, None, strict=strict))
@@ -185,7 +195,7 @@ class AbstractLeafDetector(AbstractDetector):
 
         Those that some tile uses, if there are `units` tiles of keys before the last one.
         """
-        size = self.chunk_size
+        size = self._largest_chunk()
         blocks = [_Blocks(first, size, size, max(0, units * self.tile_size // size))]
         while size > self.tile_size:
             size //= 2
@@ -233,7 +243,7 @@ class AbstractLeafDetector(AbstractDetector):
         widest = max(index.shape[-1] for index in indices)
         padded = [pad(index, (0, widest - index.shape[-1])) for index in indices]
         index, size = torch.cat(padded, dim=2), torch.cat(sizes)
-        return Leaves(index, size, run_means(key, index, size), is_even)
+        return Leaves(index, size, leaf_means(key, index, size), is_even)
 
 
 def _mask(

@@ -6,14 +6,11 @@ from typing import NamedTuple
 
 import torch
 
-from ..precision import without_autocast
+from ..kernels import leaves as kernels
 from ..ragged import keep_in_lists
 from ..samplers.pooled import pooled_queries, run_lengths
 
 __all__ = ["Leaves", "SeenLeaves", "best_leaves", "leaf_scores", "lists_of_leaves", "tile_voters"]
-
-_CHUNK_BYTES = 64 << 20  # of the scores of tiles held at once
-_NEVER = float("-inf")
 
 
 class Leaves(NamedTuple):
@@ -103,62 +100,29 @@ def leaf_scores(
         `[batch, query_heads, tiles, far + near]`, natural log; `-inf` for a leaf that is not seen.
         Far leaves come first, then the near ones of each tile.
     """
-    batch, heads, num_tiles, num_voters, dim = voters.shape
-    key_heads = leaves.mean.shape[1]
-    dtype = voters.dtype
-    lowest = torch.finfo(dtype).min  # finite: where nothing is seen, no NaN is born
-    mean, log_count = leaves.mean.to(dtype), leaves.sizes.to(dtype).log()
-    voters = (voters * scale).view(batch, key_heads, -1, num_tiles, num_voters, dim)
-    parts, normaliser = [], torch.full((1,), lowest, dtype=dtype, device=voters.device)
-    with without_autocast(voters):
-        if seen.num_far:
-            far = voters.flatten(2, 4) @ mean[:, :, : seen.num_far].transpose(-1, -2)
-            far = far.view(batch, heads, num_tiles, num_voters, -1) + log_count[: seen.num_far]
-            is_far = torch.arange(seen.num_far, device=far.device) < seen.far.unsqueeze(-1)
-            parts.append((far, is_far))
-        if seen.near.shape[1]:
-            near_mean = mean[:, :, seen.near].unsqueeze(2)  # [B, Hkv, 1, T, near, d]
-            near = (voters @ near_mean.transpose(-1, -2)).flatten(1, 2)
-            parts.append((near + log_count[seen.near].unsqueeze(1), seen.is_near))
-    hidden = [logits.masked_fill(~seen_.unsqueeze(1), lowest) for logits, seen_ in parts]
-    for logits in hidden:
-        normaliser = torch.logaddexp(normaliser, logits.logsumexp(dim=-1, keepdim=True))
-    masses = []
-    for logits, (_, is_seen) in zip(hidden, parts, strict=True):
-        mass = (logits - normaliser).masked_fill(~votes.unsqueeze(-1), _NEVER).logsumexp(dim=-2)
-        masses.append(mass.masked_fill(~is_seen, _NEVER))
-    return torch.cat(masses, dim=-1)
+    return kernels.leaf_masses(
+        voters, votes, leaves.mean.to(voters.dtype), leaves.sizes, seen.far, seen.near,
+        seen.is_near, scale=scale, num_far=seen.num_far,
+    )  # fmt: skip
 
 
 def best_leaves(
     voters: torch.Tensor, votes: torch.Tensor, leaves: Leaves, seen: SeenLeaves, *, scale: float,
     num_leaves: int,
 ) -> torch.Tensor:  # fmt: skip
-    """Return the leaves of every tile with the best `leaf_scores`, best first.
+    """Return the leaves of every tile with the best `leaf_scores`.
 
     Returns:
-        int64 `[batch, query_heads, tiles, num_leaves]` (fewer where there are fewer leaves); where
-        a tile sees fewer, the last ones are any.
-        Cost O(tiles voters leaves d) time; the scores are made in chunks of bounded memory.
+        int64 `[batch, query_heads, tiles, num_leaves]` (fewer where there are fewer leaves), those
+        that the tile sees first; where it sees fewer, the last ones are any. On CUDA with Triton
+        they are in no order of their scores, elsewhere the best come first.
+        Cost O(tiles voters leaves d) time; see `kernels.leaves.best_leaves`.
     """
-    batch, heads, num_tiles, num_voters, dim = voters.shape
-    num_near = seen.near.shape[1]
-    count = min(num_leaves, seen.num_far + num_near)
-    # the logits and three things made of them; the mean keys of near leaves
-    needed = 4 * batch * heads * (4 * num_voters * (seen.num_far + num_near) + num_near * dim)
-    step = max(1, _CHUNK_BYTES // needed)
-    best = []
-    for start in range(0, num_tiles, step):
-        part = slice(start, start + step)
-        here = SeenLeaves(seen.num_far, seen.far[part], seen.near[part], seen.is_near[part])
-        scores = leaf_scores(voters[:, :, part], votes[part], leaves, here, scale=scale)
-        chosen = scores.topk(count, dim=-1).indices
-        if num_near:
-            place = (chosen - seen.num_far).clamp(min=0)
-            near = here.near.expand(batch, heads, -1, -1).gather(-1, place)
-            chosen = torch.where(chosen < seen.num_far, chosen, near)
-        best.append(chosen)
-    return best[0] if len(best) == 1 else torch.cat(best, dim=2)
+    return kernels.best_leaves(
+        voters, votes, leaves.mean.to(voters.dtype), leaves.sizes, seen.far, seen.near,
+        seen.is_near, scale=scale, num_far=seen.num_far, num_leaves=num_leaves,
+        is_even=leaves.is_even,
+    )  # fmt: skip
 
 
 def lists_of_leaves(

@@ -28,7 +28,8 @@ class PooledTopK(AbstractLeafDetector):
     Args:
         tile_size: rows of a tile.
         num_means: runs of a tile whose mean queries choose; 1 pools the whole tile.
-        chunk_size: as in `AbstractLeafDetector`.
+        chunk_size: as in `AbstractLeafDetector`; without effect where `block_size` divides
+            `tile_size`, since all chunks then have the same blocks.
         block_size: keys of a block.
         num_blocks: blocks held by a tile.
 
@@ -57,6 +58,13 @@ class PooledTopK(AbstractLeafDetector):
 
     def _sizes(self) -> tuple[int, int]:
         return self.block_size, self.num_blocks
+
+    def _points(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return key  # their order is that of the positions
+
+    def _largest_chunk(self) -> int:
+        # whole blocks in every tile are the same in every chunk: no tile needs a cover of chunks
+        return self.tile_size if self.tile_size % self.block_size == 0 else self.chunk_size
 
     def _order(self, points: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         place = torch.arange(points.shape[3], device=points.device)

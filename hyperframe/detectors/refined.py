@@ -15,7 +15,7 @@ from ..kernels.lists import best_distinct
 from ..kernels.mass import NO_WINDOW, Window, tile_mass
 from ..masks import BandMask, HeavyMask, ListMask, UnionMask
 from ..masks.base import problem_of
-from ..ragged import spread_heads
+from ..ragged import join_padded
 from .base import AbstractDetector, default_scale
 from .blocks import delayed, filled_runs
 
@@ -218,7 +218,8 @@ def _distinct(
     What all rows of a tile hold by the bands is no candidate; under a causal mask, nor is what does
     not stand before the tile.
     """
-    index, count = _joined(lists, shape, mask)
+    pieces = [(part.key_index, part.key_count) for part in lists]
+    index, count = join_padded(pieces, shape, mask.num_keys)
     first, stop = begin, None
     held = window.left + window.right + 2 - size  # keys around the tile that all rows hold
     if mask.is_causal:
@@ -231,19 +232,3 @@ def _distinct(
         start=window.num_sinks, stop=stop,
     )  # fmt: skip
     return index
-
-
-def _joined(
-    lists: list[ListMask], shape: tuple[int, int, int], mask: HeavyMask
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return lists of one tile size side by side, `n_k` in unused slots; or one and its count."""
-    indices = [spread_heads(part.key_index, shape[1]).expand(*shape, -1) for part in lists]
-    counts = [spread_heads(part.key_count, shape[1]).expand(shape) for part in lists]
-    if len(lists) == 1:
-        return indices[0], counts[0]
-    lengths = [index.shape[-1] for index in indices]
-    joined = torch.empty((*shape, sum(lengths)), dtype=torch.int32, device=mask.device)
-    for part, index, count in zip(joined.split(lengths, dim=-1), indices, counts, strict=True):
-        used = torch.arange(index.shape[-1], device=index.device) < count.unsqueeze(-1)
-        part.copy_(torch.where(used, index, mask.num_keys))
-    return joined, None

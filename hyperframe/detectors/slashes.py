@@ -1,4 +1,4 @@
-"""The parts of `vertical_slash`: rows that vote, the mass of diagonals, and keys on them."""
+"""The parts of `vertical_slash`: rows that vote, what runs of keys catch, and keys on diagonals."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ..precision import without_autocast
+from ..kernels.select import select_top
 from ..randomness import uniform
 from .blocks import delayed
 
 __all__ = [
     "Cut",
+    "caught_mass",
     "diagonal_keys",
-    "diagonal_mass",
-    "run_mass",
-    "softmax_of_seen",
-    "voter_logits",
     "voters_of_runs",
 ]
 
@@ -93,44 +90,22 @@ def voters_of_runs(
     return voters, row
 
 
-def diagonal_mass(
-    mass: torch.Tensor, position: torch.Tensor, *, first_offset: int, num_offsets: int
-) -> torch.Tensor:
-    """Return the mass of every diagonal: of the keys at each offset before some rows.
-
-    Args:
-        mass: `[batch, heads, segments, rows, keys]`.
-        position: int64 `[segments, rows]`, key positions of the rows.
-        first_offset: the smallest offset (position of the row less position of the key).
-        num_offsets: how many offsets.
-
-    Returns:
-        `[batch, heads, segments, num_offsets]`, sums over the rows.
-    """
-    offset = torch.arange(num_offsets, device=mass.device) + first_offset
-    place = position.unsqueeze(-1) - offset
-    is_key = (place >= 0) & (place < mass.shape[-1])
-    index = place.clamp(0, mass.shape[-1] - 1).expand(*mass.shape[:2], -1, -1, -1)
-    return torch.where(is_key, mass.gather(-1, index), 0).sum(dim=3)
-
-
-def run_mass(diagonals: torch.Tensor, run: int, tile_size: int) -> torch.Tensor:
-    """Return the mass that runs of keys catch in a tile, going by the mass of the diagonals.
+def caught_mass(votes: torch.Tensor, run: int, tile_size: int) -> torch.Tensor:
+    """Return the mass that runs of keys catch in a tile, going by the mass of runs of diagonals.
 
     A key at offset `o` before the first row of a tile lies on the diagonals `o` to
-    `o + tile_size - 1`. Mass counts as spread evenly over `run` neighbouring diagonals.
+    `o + tile_size - 1`. Mass counts as spread evenly over a run of diagonals.
 
     Args:
-        diagonals: `[..., runs * run]`, the mass of the diagonals from some offset on.
+        votes: `[..., runs]`, the mass of the runs of `run` diagonals from some offset on.
         run: keys of a run; divides `tile_size`.
         tile_size: rows of a tile.
 
     Returns:
         `[..., runs]`: run `r` is the keys of the offsets `[r * run, (r + 1) * run)` from that one.
     """
-    blocks = diagonals.unflatten(-1, (-1, run)).sum(dim=-1)
     width = tile_size // run
-    padded = torch.nn.functional.pad(blocks, (0, width))
+    padded = torch.nn.functional.pad(votes, (0, width))
     box = padded.unfold(-1, width, 1).sum(dim=-1)
     # rows and keys that meet in the first and in the last block are about half of a block's
     return box[..., :-1] * ((run + 1) / 2) + box[..., 1:] * ((run - 1) / 2)
@@ -143,7 +118,7 @@ def diagonal_keys(
 
     Args:
         cut: how the rows are cut.
-        votes: `[batch, heads, votings, runs]`, the mass that the runs catch, from `run_mass`.
+        votes: `[batch, heads, votings, runs]`, the mass that the runs catch, from `caught_mass`.
         mine: int64 `[tiles]`, the voting that each tile goes by.
         count: keys of a tile, at most.
         min_offset: runs nearer than this to all rows of a tile are left out.
@@ -156,25 +131,16 @@ def diagonal_keys(
     offset = torch.arange(votes.shape[-1], device=votes.device) * cut.run + cut.first_offset
     farthest = offset + cut.run + cut.tile_size - 2  # of the last key and the last row
     is_near = (offset > -min_offset) & (farthest < min_offset)
-    best = votes.masked_fill(is_near, 0).topk(count // cut.run, dim=-1)
-    back = offset[best.indices[:, :, mine]].unsqueeze(-1)  # [B, H, tiles, runs, 1]
-    within = torch.arange(cut.run, device=votes.device)
-    keys = cut.first.view(-1, 1, 1) - back - within
-    is_held = (best.values[:, :, mine] > 0).unsqueeze(-1) & (keys >= 0) & (keys < num_keys)
-    ordered = torch.where(is_held, keys, num_keys).int().flatten(3).sort(dim=-1).values
-    return ordered.clamp(max=num_keys - 1), is_held.flatten(3).sum(dim=-1)
-
-
-def voter_logits(voters: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return logits `[B, H, S, R, L]` of `[B, H, S, R, d]` and `[B, key_heads, S, L, d]`."""
-    dtype = torch.promote_types(key.dtype, torch.float32)
-    grouped = (voters.to(dtype) * scale).unflatten(1, (key.shape[1], -1)).transpose(2, 3)
-    with without_autocast(key):  # rows of a group side by side
-        logits = grouped.flatten(3, 4) @ key.to(dtype).transpose(-1, -2)
-    spread: torch.Tensor = logits.unflatten(3, grouped.shape[3:5]).transpose(2, 3).flatten(1, 2)
-    return spread
-
-
-def softmax_of_seen(logits: torch.Tensor, is_hidden: torch.Tensor) -> torch.Tensor:
-    """Return the softmax over the keys that are not hidden; finite where all of them are."""
-    return torch.softmax(logits.masked_fill(is_hidden, torch.finfo(logits.dtype).min), dim=-1)
+    some = torch.where((votes > 0) & ~is_near, votes, -1.0)
+    every = torch.full((), votes.shape[-1], device=votes.device)
+    best, _, _ = select_top(some, every, count=count // cut.run)
+    # the farthest run first, and in each the farthest key, so that keys ascend; what is no run is
+    # behind all of them and has no key
+    within = torch.arange(cut.run - 1, -1, -1, device=votes.device)
+    back = (best.flip(-1)[:, :, mine] * cut.run + cut.first_offset).unsqueeze(-1) + within
+    keys = (cut.first.view(-1, 1) - back.flatten(3)).int()
+    lead = (keys < 0).sum(dim=-1, keepdim=True)
+    slot = torch.arange(keys.shape[-1], device=votes.device)
+    keys = keys.gather(-1, (slot + lead).clamp(max=keys.shape[-1] - 1))
+    is_held = (slot + lead < keys.shape[-1]) & (keys < num_keys)
+    return keys.clamp(min=0, max=num_keys - 1), is_held.sum(dim=-1)

@@ -9,23 +9,17 @@ from typing import ClassVar
 import torch
 
 from ..component import check_non_negative_int, check_positive_int
+from ..kernels.select import select_top
+from ..kernels.votes import Lines, column_votes, line_votes
 from ..masks import HeavyMask, ListMask, UnionMask
 from ..precision import without_autocast
 from .base import AbstractDetector, default_scale
 from .blocks import filled_runs
-from .slashes import (
-    Cut,
-    diagonal_keys,
-    diagonal_mass,
-    run_mass,
-    softmax_of_seen,
-    voter_logits,
-    voters_of_runs,
-)
+from .slashes import Cut, caught_mass, diagonal_keys, voters_of_runs
 
 __all__ = ["VerticalSlash"]
 
-_CHUNK_BYTES = 64 << 20  # of logits of voters, and what is made of them, held at once
+_CHUNK_BYTES = 256 << 20  # of votes of tiles for the keys of their segments, held at once
 _LONGEST_RUN = 16  # keys of a run of diagonals
 
 
@@ -60,8 +54,9 @@ class VerticalSlash(AbstractDetector):
     Cost: O(num_segments num_queries n_k d) time; under `is_causal` another O(n_q^2 num_queries d /
     (num_segments tile_size)) for the keys of the own segments, where the segments are longer than
     a tile. Scores of some segments are held at a time; memory O(n d + n_q (num_columns +
-    num_diagonals) / tile_size + num_segments n_k / run). The rows are random, one in each of
-    `num_queries` equal runs (without a generator: the middle one). No gradient.
+    num_diagonals) / tile_size + num_segments n_k / run), and up to 512 MiB. On CUDA with Triton two
+    dozen launches (`kernels.votes`), where runs have 8 keys or more. The rows are random, one in
+    each of `num_queries` equal runs (without a generator: the middle one). No gradient.
     Source: the vertical-slash pattern of MInference (arXiv 2407.02490), where the last 64 queries
     choose for all rows. Here rows of the own segment choose, without looking ahead.
 
@@ -144,14 +139,22 @@ class VerticalSlash(AbstractDetector):
         voting = voters_of_runs(
             *source, size=cut.rows, count=cut.num_segments, num_voters=votes_each, strict=strict
         )
-        columns, votes = self._scan(cut, voting, key, scale)
+        num_runs = -(-(cut.stop_offset - cut.first_offset) // cut.run)
+        lines = Lines(
+            num_columns=min(self.num_columns, num_keys), run=cut.run,
+            first_offset=cut.first_offset, num_runs=max(num_runs, self.num_diagonals // cut.run),
+        )  # fmt: skip
+        columns, votes = line_votes(
+            *voting, key, lines, scale=scale, is_causal=is_causal, segment=cut.rows, shift=shift
+        )
+        columns = columns.clamp(max=num_keys - 1)
         lists, share = [], torch.zeros_like(cut.first)
         if is_causal and tiles_each > 1:
             voters, _ = voters_of_runs(
                 *source, size=size, count=num_tiles, num_voters=votes_each, strict=strict
             )
             near, share = self._near(cut, voters, key, scale)
-            lists.append((near, share))
+            lists.append(near)
         mine = torch.arange(num_tiles, device=query.device) // tiles_each
         count = torch.minimum(columns.shape[-1] - share, cut.num_before(num_keys)[mine])
         lists.append((columns[:, :, mine], count))
@@ -161,9 +164,10 @@ class VerticalSlash(AbstractDetector):
                 votes = earlier @ votes
         else:
             votes, mine = votes.sum(dim=2, keepdim=True), torch.zeros_like(mine)
+        caught = caught_mass(votes, cut.run, size)
         lists.append(
             diagonal_keys(
-                cut, votes, mine, count=self.num_diagonals, min_offset=self.min_offset,
+                cut, caught, mine, count=self.num_diagonals, min_offset=self.min_offset,
                 num_keys=num_keys,
             )
         )  # fmt: skip
@@ -183,75 +187,33 @@ class VerticalSlash(AbstractDetector):
         ]  # fmt: skip
         return UnionMask.of(*masks)
 
-    def _scan(
-        self, cut: Cut, voting: tuple[torch.Tensor, torch.Tensor], key: torch.Tensor, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Columns of the segments, best first, and the mass of runs of diagonals in each."""
-        (voters, row), (batch, heads, *_), num_keys = voting, voting[0].shape, key.shape[2]
-        longest = min(self.num_columns, num_keys)
-        least = self.num_diagonals // cut.run
-        num_runs = max(-(-(cut.stop_offset - cut.first_offset) // cut.run), least)
-        seen = cut.num_before(num_keys).unsqueeze(-1)  # [S, 1]
-        columns: list[torch.Tensor] = []
-        votes: list[torch.Tensor] = []
-        num_offsets = num_runs * cut.run
-        held = 16 * batch * heads * self.num_queries * (num_keys + num_offsets)
-        step = max(1, _CHUNK_BYTES // held)
-        for start in range(0, cut.num_segments, step):
-            part = slice(start, start + step)
-            keys = key
-            if cut.is_causal:  # nobody here sees more
-                keys = key[:, :, : max(longest, cut.shift + (start + step) * cut.rows)]
-            rows = voters[:, :, part].flatten(2, 3).unsqueeze(2)
-            logits = voter_logits(rows, keys.unsqueeze(2), scale).squeeze(2)
-            logits = logits.unflatten(2, (-1, self.num_queries))  # [B, H, S, R, keys]
-            place = torch.arange(keys.shape[2], device=key.device)
-            is_hidden = place >= seen[part]
-            mass = softmax_of_seen(logits, is_hidden.unsqueeze(1)).sum(dim=3)
-            best = mass.masked_fill(is_hidden, -1.0).topk(longest, dim=-1).indices
-            # what the segment before holds as columns is no diagonal; the first has its own
-            rank = torch.arange(longest, device=key.device)
-            used = torch.where(rank < seen[part], best, num_keys).int()
-            last = columns[-1][:, :, -1:] if columns else used[:, :, :1]
-            earlier = torch.cat([last, used[:, :, :-1]], dim=2)
-            earlier = earlier.clamp(max=keys.shape[2]).long()
-            is_column = logits.new_zeros((*used.shape[:3], keys.shape[2] + 1), dtype=torch.bool)
-            is_column = is_column.scatter_(-1, earlier, True)[..., :-1]
-            position = row[part] + cut.shift
-            is_later = place > position.unsqueeze(-1) if cut.is_causal else place < 0
-            mass = softmax_of_seen(logits, is_later).masked_fill(is_column.unsqueeze(3), 0)
-            diagonals = diagonal_mass(
-                mass, position, first_offset=cut.first_offset, num_offsets=num_offsets
-            )
-            columns.append(used)
-            votes.append(run_mass(diagonals, cut.run, cut.tile_size))
-        return torch.cat(columns, dim=2).clamp(max=num_keys - 1), torch.cat(votes, dim=2)
-
     def _near(
         self, cut: Cut, voters: torch.Tensor, key: torch.Tensor, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Columns of each tile among the keys of its segment before it, and how many they are."""
-        batch, heads = voters.shape[:2]
-        own = key[:, :, max(0, cut.shift) :]
-        if cut.shift < 0:  # rows before every key: zeros stand in
-            own = torch.nn.functional.pad(own, (0, 0, -cut.shift, 0))
-        own = filled_runs(own, cut.rows, cut.num_segments)
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Columns of each tile among the keys of its segment before it, and the room they take.
+
+        The latter is as many keys as there are, up to a quarter of the columns.
+        """
+        num_keys = key.shape[2]
         rows = filled_runs(voters.flatten(3), cut.tiles_each, cut.num_segments)
-        rows = rows.unflatten(4, (self.num_queries, -1)).flatten(3, 4)  # [B, H, S, tiles R, d]
-        place = torch.arange(cut.rows, device=key.device)
+        rows = rows.unflatten(4, (self.num_queries, -1))  # [B, H, S, tiles, R, d]
+        begin = cut.begin.clamp(0, num_keys)
         stop = torch.arange(cut.tiles_each, device=key.device) * cut.tile_size
-        stop = stop - max(0, self.min_offset - cut.tile_size)
-        absent = (-cut.begin).clamp(min=0).unsqueeze(-1)  # [S, 1]
-        is_hidden = (place >= stop.unsqueeze(-1)) | (place < absent.unsqueeze(-1))
-        count = min(max(1, self.num_columns // 4), cut.rows - cut.tile_size, key.shape[2])
-        step = max(1, _CHUNK_BYTES // (12 * batch * heads * rows.shape[3] * cut.rows))
-        found = []
+        stop = cut.begin.unsqueeze(-1) + stop - max(0, self.min_offset - cut.tile_size)
+        stop = stop.clamp(max=num_keys).maximum(begin.unsqueeze(-1))
+        width = min(cut.rows - cut.tile_size, num_keys)
+        count = min(max(1, self.num_columns // 4), width)
+        seen = stop - begin.unsqueeze(-1)
+        step = max(1, _CHUNK_BYTES // (4 * rows[:, :, 0, :, 0, 0].numel() * max(1, width)))
+        found, held = [], []
         for start in range(0, cut.num_segments, step):
             part = slice(start, start + step)
-            logits = voter_logits(rows[:, :, part], own[:, :, part], scale)
-            logits = logits.unflatten(3, (cut.tiles_each, -1))  # [B, H, S, tiles, R, keys]
-            mass = softmax_of_seen(logits, is_hidden[part].unsqueeze(2)).sum(dim=4)
-            found.append(mass.masked_fill(is_hidden[part], -1.0).topk(count, dim=-1).indices.int())
-        index = torch.cat(found, dim=2) + cut.begin.view(-1, 1, 1)
-        held = (stop - absent).clamp(min=0, max=count)
-        return index.flatten(2, 3)[:, :, : cut.num_tiles], held.flatten()[: cut.num_tiles]
+            votes = column_votes(
+                rows[:, :, part], key, begin[part], stop[part], scale=scale, width=width
+            )
+            best, _, taken = select_top(votes, seen[part], count=count)
+            found.append((best + begin[part].int().view(-1, 1, 1)).clamp(max=num_keys - 1))
+            held.append(taken)
+        index = torch.cat(found, dim=2).flatten(2, 3)[:, :, : cut.num_tiles]
+        share = seen.clamp(max=count).flatten()[: cut.num_tiles]
+        return (index, torch.cat(held, dim=2).flatten(2)[..., : cut.num_tiles]), share

@@ -38,7 +38,7 @@ class Auto(AbstractSampler):
 
     takes_stream: ClassVar[bool] = True
 
-    longest: int = 32768
+    longest: int = 16384
     metric: str = "query"
 
     def __post_init__(self) -> None:

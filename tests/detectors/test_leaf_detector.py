@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperframe.attention import HyperAttention
-from hyperframe.detectors import leaves as leaves_module
+from hyperframe.detectors import leaf_detector
 from hyperframe.detectors.kmeans import KMeans
 from hyperframe.detectors.leaf_detector import AbstractLeafDetector
 from hyperframe.detectors.pca_tree import PCATree
 from hyperframe.errors import ArgumentError, ArgumentTypeError
+from hyperframe.kernels import leaves as leaves_module
 from hyperframe.testing import masked_attention
 from hyperframe.testing.strategies import AttentionInputs, attention_inputs
 
@@ -328,6 +329,9 @@ def test_no_intermediate_grows_with_the_square_of_the_length(
 ) -> None:
     # scores are made for some tiles at a time: here, for as many as fit into 64 KiB
     monkeypatch.setattr(leaves_module, "_CHUNK_BYTES", 1 << 16)
+    # what the operators make is seen where their implementations are called
+    monkeypatch.setattr(leaves_module, "best_leaves", leaves_module.torch_best_leaves)
+    monkeypatch.setattr(leaf_detector, "leaf_means", leaves_module.torch_leaf_means)
     largest = []
     for n in (1024, 2048):
         query, key = torch.zeros(1, 2, n, 8), torch.zeros(1, 2, n, 8)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from hyperframe.clustering import equal_runs, gather_runs, run_means
-from hyperframe.detectors import leaves as module
 from hyperframe.detectors.leaves import (
     Leaves,
     SeenLeaves,
@@ -15,6 +14,7 @@ from hyperframe.detectors.leaves import (
     lists_of_leaves,
     tile_voters,
 )
+from hyperframe.kernels import leaves as module
 
 
 def tensors(num_queries: int = 40, num_keys: int = 30) -> tuple[torch.Tensor, torch.Tensor]:

@@ -59,3 +59,16 @@ def test_no_later_key_moves_an_earlier_row() -> None:
 def test_wrong_parameters_are_refused_by_name(name: str) -> None:
     with pytest.raises(ArgumentError, match=name):
         PooledTopK(**{name: 0})
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("length", [64, 203])
+def test_blocks_that_fit_into_tiles_are_the_same_in_chunks_of_any_size(
+    length: int, strict: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, key = tensors(length)
+    detector = PooledTopK(tile_size=8, chunk_size=32, block_size=4, num_blocks=3)
+    find = detector.find_strict if strict else detector.find
+    expected = find(query, key[:, :, :-3], is_causal=True).to_dense()
+    monkeypatch.setattr(PooledTopK, "_largest_chunk", lambda self: self.chunk_size)
+    assert torch.equal(find(query, key[:, :, :-3], is_causal=True).to_dense(), expected)

@@ -12,9 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperframe.attention import HyperAttention
 from hyperframe.detectors import vertical_slash
-from hyperframe.detectors.slashes import diagonal_mass, run_mass
+from hyperframe.detectors.slashes import caught_mass
 from hyperframe.detectors.vertical_slash import VerticalSlash
 from hyperframe.errors import ArgumentError, ArgumentTypeError
+from hyperframe.kernels import votes as votes_module
+from hyperframe.kernels.votes import diagonal_mass
 from hyperframe.testing.strategies import AttentionInputs, attention_inputs
 
 SIZES = st.integers(1, 60)
@@ -71,7 +73,7 @@ def test_a_run_catches_what_its_keys_see_in_the_rows_of_a_tile(run: int, tile_si
             for row in range(tile_size):
                 if offset + row < 10 * run:
                     expected[:, number] += diagonals[:, offset + row]
-    torch.testing.assert_close(run_mass(diagonals, run, tile_size), expected)
+    torch.testing.assert_close(caught_mass(run * blocks, run, tile_size), expected)
 
 
 def voters(
@@ -392,8 +394,15 @@ def test_segments_scored_one_by_one_are_the_same(
 ) -> None:
     query, key = tensors(num_queries=61, num_keys=75)
     whole = find(SMALL, query, key, strict=strict, is_causal=is_causal)
-    monkeypatch.setattr(vertical_slash, "_CHUNK_BYTES", 1)
+    for module in (votes_module, vertical_slash):
+        monkeypatch.setattr(module, "_CHUNK_BYTES", 1)
     assert torch.equal(whole, find(SMALL, query, key, strict=strict, is_causal=is_causal))
+
+
+def without_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Call the implementations themselves, so that what they make is seen."""
+    for name in ("column_votes", "line_votes"):
+        monkeypatch.setattr(vertical_slash, name, getattr(votes_module, f"torch_{name}"))
 
 
 class Largest(TorchDispatchMode):
@@ -413,7 +422,9 @@ class Largest(TorchDispatchMode):
 def test_no_intermediate_grows_with_the_square_of_the_length(
     is_causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vertical_slash, "_CHUNK_BYTES", 1 << 15)
+    for module in (votes_module, vertical_slash):
+        monkeypatch.setattr(module, "_CHUNK_BYTES", 1 << 15)
+    without_operators(monkeypatch)
     detector = VerticalSlash(
         num_columns=16, num_diagonals=16, num_queries=4, num_segments=8, tile_size=16
     )

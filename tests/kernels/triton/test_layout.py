@@ -1,4 +1,4 @@
-"""Plans laid out by one launch mean what the builder's own lists mean; interpreted without a GPU."""
+"""Plans laid out by one launch mean what the builder's lists mean; interpreted without a GPU."""
 
 from __future__ import annotations
 
