@@ -44,6 +44,7 @@ class Summaries:
 
         Args:
             index: integer `[batch, heads, tiles, L]`, keys; `heads` a multiple of the key heads.
+                Slots that are not used may hold anything, and get anything.
 
         Returns:
             int64, the same shape.
@@ -57,7 +58,7 @@ class Summaries:
             differ = (index // self.unit) ^ (stop // self.unit)
             level = torch.frexp(differ.clamp(min=1).double()).exponent.long() - 1
             level = level.clamp(max=self.slot.shape[2] - 1)
-        place = (level * num_keys + index.clamp(max=num_keys - 1)).view(
+        place = (level * num_keys + index.clamp(0, max(0, num_keys - 1))).view(
             batch, self.slot.shape[1], -1
         )
         within = self.slot.flatten(2).gather(-1, place).view(index.shape)

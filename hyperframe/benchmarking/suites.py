@@ -66,6 +66,11 @@ def _window() -> SpecMethod:
     return SpecMethod(label="sliding_window", is_causal=True, attention=attention)
 
 
+def _preset(name: str) -> SpecMethod:
+    attention = HyperAttention(detector=name, num_samples=256, min_seq_len=0)
+    return SpecMethod(label=name, is_causal=True, attention=attention)
+
+
 _ALL = (
     Suite(
         name="overview", about="sort_lsh with and without a causal mask, at a few lengths",
@@ -87,6 +92,11 @@ _ALL = (
     Suite(
         name="window", about="window, sinks and samples, beside FlexAttention on the same window",
         methods=(_window(),), inputs="normal",
+    ),
+    Suite(
+        name="presets", about="the presets of the default, finding included",
+        methods=(_preset("fast"), _preset("balanced")), head_dims=(64, 128), graphs=True,
+        lengths=(32768, 131072), cpu_lengths=(4096,),
     ),
     Suite(
         name="short", about="break-even at short lengths, launched one by one and as a graph",

@@ -15,7 +15,10 @@ from ..precision import without_autocast
 __all__ = ["balancing", "in_metric_of", "prefix_moments", "second_moment", "square_root"]
 
 _FLOOR = 1e-6  # least eigenvalue, relative to the mean one
-_STEPS = 32  # enough for that floor at 256 dimensions: small eigenvalues grow by 9/4 in each
+# and above what the rounding of float32 products leaves below 0, a few 1e-8 of the norm: from a
+# negative eigenvalue the iteration would diverge
+_ROUNDING = 2e-7
+_STEPS = 32  # enough for that floor: small eigenvalues grow by 9/4 in each
 
 
 def second_moment(x: torch.Tensor) -> torch.Tensor:
@@ -58,8 +61,8 @@ def prefix_moments(x: torch.Tensor, ends: Sequence[int]) -> tuple[torch.Tensor, 
 def square_root(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the symmetric square root of a second moment, and its inverse.
 
-    Eigenvalues are raised by a millionth of their mean, so that the inverse exists; a moment of
-    zero counts as the identity.
+    Eigenvalues are raised by a millionth of their mean and a fifth of a millionth of the Frobenius
+    norm, so that the inverse exists; a moment of zero counts as the identity.
 
     Args:
         moment: float64 `[..., d, d]`, symmetric and positive semidefinite.
@@ -79,8 +82,10 @@ def square_root(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     moment = moment.reshape(-1, dim, dim)
     eye = torch.eye(dim, dtype=moment.dtype, device=moment.device)
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(dim=-1).view(-1, 1, 1)
-    scaled = torch.where(mean > 0, moment / torch.where(mean > 0, mean, 1), eye) + _FLOOR * eye
+    scaled = torch.where(mean > 0, moment / torch.where(mean > 0, mean, 1), eye)
     mean = torch.where(mean > 0, mean, 1)
+    norm = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
+    scaled = scaled + (_FLOOR + _ROUNDING * norm) * eye
     norm = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
     root, inverse = scaled / norm, eye.expand_as(scaled)
     with without_autocast(moment):

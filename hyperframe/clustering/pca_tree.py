@@ -92,4 +92,5 @@ def _along_leading_direction(
         direction = centred.transpose(-1, -2) @ (centred @ direction)
         norm = torch.linalg.vector_norm(direction, dim=-2, keepdim=True)
         direction = direction / torch.where(norm > 0, norm, 1)
-    return (centred @ direction).squeeze(-1)
+    # NaN and infinities are places like others; absent ones come after them
+    return (centred @ direction).squeeze(-1).nan_to_num(nan=0.0)

@@ -30,8 +30,9 @@ class Preset(NamedTuple):
     long: str
 
 
-def _refined(num_keys: int, *candidates: str) -> str:
-    return f"refined(candidates='{' | '.join(candidates)}', num_keys={num_keys})"
+def _refined(num_keys: int, *candidates: str, tile_size: int = 64) -> str:
+    joined = " | ".join(candidates)
+    return f"refined(candidates='{joined}', num_keys={num_keys}, tile_size={tile_size})"
 
 
 LONG = 16384
@@ -41,10 +42,10 @@ _WINDOW = "sliding_window(width=128, num_sinks=64)"
 _NEAR = "sliding_window(width=32, num_sinks=0)"
 
 
-def _lines(num_columns: int, num_queries: int, num_segments: int = 64) -> str:
+def _lines(num_columns: int, num_queries: int) -> str:
     return (
         f"vertical_slash(num_columns={num_columns}, num_diagonals=16, num_queries={num_queries}, "
-        f"num_segments={num_segments}, min_offset=128)"
+        "min_offset=128)"
     )
 
 
@@ -52,16 +53,16 @@ PRESETS = {
     "fast": Preset(
         causal=_refined(192, _WINDOW, _lines(256, 8), "pooled_topk(num_blocks=16)"),
         dense=_refined(192, _NEAR, "pca_tree(num_leaves=32)"),
-        long=f"sliding_window(width=128, num_sinks=16) | {_lines(128, 2, 256)}",
+        long=f"sliding_window(width=128, num_sinks=16) | {_lines(128, 8)}",
     ),
     "balanced": Preset(
         causal=_refined(
             256, _WINDOW, _lines(512, 32), "pooled_topk(num_blocks=32, num_means=8)",
             "lsh_topk(num_rounds=8, num_keys=192)",
         ),
-        dense=_refined(320, _NEAR, "pca_tree(num_leaves=64)", "lsh_topk(num_keys=128)"),
+        dense=_refined(224, _NEAR, "pca_tree(num_leaves=64, tile_size=16)", tile_size=16),
         long=_refined(
-            224, _WINDOW, _lines(160, 2, 256), "pooled_topk(block_size=64, num_blocks=2)"
+            224, _WINDOW, _lines(160, 8), "pooled_topk(block_size=64, num_blocks=2)"
         ),
     ),
     "accurate": Preset(
@@ -69,7 +70,10 @@ PRESETS = {
             768, _WINDOW, _lines(1024, 64), "pooled_topk(num_blocks=64, num_means=8)",
             "lsh_topk(num_rounds=16, num_keys=384)",
         ),
-        dense=_refined(768, _NEAR, "pca_tree(num_leaves=96)", "lsh_topk(num_keys=256)"),
+        dense=_refined(
+            768, _NEAR, "pca_tree(num_leaves=96, tile_size=16)", "lsh_topk(num_keys=256)",
+            tile_size=16,
+        ),
         long=_refined(
             512, _WINDOW, _lines(512, 16), "pooled_topk(num_blocks=32)",
             "lsh_topk(num_rounds=4, num_keys=128)",

@@ -42,7 +42,11 @@ def test_the_root_squares_to_the_moment_and_its_inverse_undoes_it(dim: int, spre
     expected = vectors @ torch.diag_embed(values.clamp(min=0).sqrt()) @ vectors.mT
     size = root.abs().amax()
     torch.testing.assert_close(root / size, expected / size, rtol=0, atol=2e-3)
-    torch.testing.assert_close(root @ root / size**2, moment / size**2, rtol=0, atol=3e-6)
+    # by no more than eigenvalues are raised
+    mean = moment.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+    raised = 1e-6 * mean + 2e-7 * torch.linalg.matrix_norm(moment)
+    off = torch.linalg.matrix_norm(root @ root - moment, ord=2)
+    assert bool((off <= 1.01 * raised + 1e-12 * size**2).all())
     torch.testing.assert_close(root @ inverse, torch.eye(dim).double().expand_as(root))
 
 
@@ -116,3 +120,16 @@ def test_points_are_in_float32_at_least(dtype: torch.dtype) -> None:
     torch.testing.assert_close(
         in_metric_of(key[:, :, :0], key).double(), key.double(), rtol=1e-5, atol=1e-6
     )
+
+
+def test_a_moment_with_rounding_below_zero_has_a_finite_root() -> None:
+    # what float32 products leave of heads of low rank: eigenvalues of -4e-6 beside 100
+    g = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(64, 64, generator=g, dtype=torch.float64)).Q
+    values = torch.linspace(-1, 2, 64, dtype=torch.float64).pow(3) * 12
+    values[values < 0.1] = -4e-6
+    moment = (basis * values) @ basis.T
+    root, inverse = square_root(moment)
+    assert root.isfinite().all()
+    assert inverse.isfinite().all()
+    assert float((root @ root - moment).norm() / moment.norm()) < 1e-5

@@ -113,3 +113,11 @@ def test_building_is_deterministic_and_in_float32_at_least() -> None:
     order = pca_order(points, leaf_size=8)
     assert torch.equal(pca_order(points.float(), leaf_size=8), order)
     assert torch.equal(pca_order(points.requires_grad_(), leaf_size=8), order)
+
+
+def test_points_that_are_not_finite_are_places_like_others() -> None:
+    points = torch.randn(2, 37, 3, generator=torch.Generator().manual_seed(0))
+    points[0, 4] = torch.nan
+    points[1, 5, 0] = torch.inf
+    order = pca_order(points, leaf_size=4)
+    assert torch.equal(order.sort(dim=-1).values, torch.arange(37).expand(2, -1))
