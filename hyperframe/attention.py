@@ -41,7 +41,7 @@ class HyperAttention:
         sampler: which columns stand for the rest; the same three forms. `"auto"` is the sampler
             that goes with the detector: its `residual`, which is uniform for all but `auto`.
         estimator: how the row sums are estimated; the same three forms.
-        num_samples: sampled keys for a row (in the recursion: for a row of each rectangle); 0
+        num_samples: sampled keys or groups for a row (in the recursion: of each rectangle); 0
             drops everything that is not heavy. Where no more keys than this exist, all of them
             are taken once.
         causal: how causal attention is computed: `"single_pass"` (an elementwise test inside the
