@@ -26,7 +26,9 @@ def test_a_number_stays() -> None:
 
 FRACTIONS = {
     "oracle": ("budget", 1), "heavy_columns": ("num_columns", 1), "quest": ("num_blocks", 8),
-    "antidiagonal": ("num_blocks", 8), "refined": ("num_keys", 1),
+    "antidiagonal": ("num_blocks", 8), "refined": ("num_keys", 1), "pooled_topk": ("num_blocks", 8),
+    "pca_tree": ("num_leaves", 8), "kmeans": ("num_blocks", 8),
+    "vertical_slash": ("num_columns", 1), "lsh_topk": ("num_keys", 1),
 }  # fmt: skip
 
 
@@ -34,7 +36,7 @@ FRACTIONS = {
 @pytest.mark.parametrize("name", FRACTIONS)
 def test_a_fraction_holds_what_its_number_holds(name: str, is_causal: bool) -> None:
     parameter, unit = FRACTIONS[name]
-    options = {"block_size": 8} if unit == 8 else {}
+    options = {"leaf_size" if name == "pca_tree" else "block_size": 8} if unit == 8 else {}
     if name == "refined":
         options = {"candidates": "heavy_columns(num_columns=60)"}
     g = torch.Generator().manual_seed(0)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from ..budget import check_budget
 from ..clustering.kmeans import kmeans_order
 from ..component import check_non_negative_int, check_positive_int
 from .leaf_detector import AbstractLeafDetector
@@ -33,7 +34,7 @@ class KMeans(AbstractLeafDetector):
         num_means: means of queries that choose for a tile.
         chunk_size: keys that are clustered together, at most; `tile_size` times a power of two.
         block_size: keys of a block, at most.
-        num_blocks: blocks held by a tile.
+        num_blocks: blocks held by a tile; a float is a fraction of all of them.
         num_steps: mini-batch steps of k-means; 0 leaves the leaves of the tree it starts from.
         batch_size: keys of a step.
 
@@ -55,7 +56,7 @@ class KMeans(AbstractLeafDetector):
     registry_name: ClassVar[str | None] = "kmeans"
 
     block_size: int = 32
-    num_blocks: int = 8
+    num_blocks: int | float = 8
     num_steps: int = 8
     batch_size: int = 256
 
@@ -63,11 +64,11 @@ class KMeans(AbstractLeafDetector):
         """Check the parameters."""
         super().__post_init__()
         check_positive_int(self, "block_size", self.block_size)
-        check_positive_int(self, "num_blocks", self.num_blocks)
+        check_budget(self, "num_blocks", self.num_blocks)
         check_non_negative_int(self, "num_steps", self.num_steps)
         check_positive_int(self, "batch_size", self.batch_size)
 
-    def _sizes(self) -> tuple[int, int]:
+    def _sizes(self) -> tuple[int, int | float]:
         return self.block_size, self.num_blocks
 
     def _longest_block(self, num_keys: int) -> int:

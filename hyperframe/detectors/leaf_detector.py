@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch.nn.functional import pad
 
+from ..budget import resolve_budget
 from ..clustering.metric import in_metric_of
 from ..clustering.pca_tree import num_equal_runs
 from ..clustering.runs import equal_runs, gather_runs
@@ -76,8 +77,11 @@ class AbstractLeafDetector(AbstractDetector):
             )
 
     @abstractmethod
-    def _sizes(self) -> tuple[int, int]:
-        """Return how many keys a leaf has, at most, and how many leaves a tile holds."""
+    def _sizes(self) -> tuple[int, int | float]:
+        """Return how many keys a leaf has, at most, and how many leaves a tile holds.
+
+        The latter as a number, or a float for a fraction of the leaves of all keys.
+        """
 
     @abstractmethod
     def _order(self, points: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
@@ -136,7 +140,9 @@ class AbstractLeafDetector(AbstractDetector):
             far = torch.full((-(-num_queries // size),), num_leaves, device=query.device)
             none = far.new_zeros((len(far), 0))
             seen = SeenLeaves(num_leaves, far, none, none.bool())
-            index, count = self._choose(query, leaves, seen, scale, earlier_query, strict=strict)
+            index, count = self._choose(
+                query, key, leaves, seen, scale, earlier_query, strict=strict
+            )
         return _mask(query, key, index, count, size, is_causal=False)
 
     def _causal(
@@ -162,7 +168,7 @@ class AbstractLeafDetector(AbstractDetector):
                 points = self._points(early if strict else query, key)
                 leaves = self._leaves(key, points, blocks, generator)
                 seen = self._seen((tile + units_before).clamp(min=0), blocks)
-                pieces.append(self._choose(query, leaves, seen, scale, None, strict=strict))
+                pieces.append(self._choose(query, key, leaves, seen, scale, None, strict=strict))
             if first and last_begin >= 0:
                 head = torch.arange(first, dtype=torch.int32, device=key.device)
                 count = torch.where(begin >= 0, first, 0)
@@ -176,17 +182,18 @@ class AbstractLeafDetector(AbstractDetector):
         return _mask(query, key, index, count, size, is_causal=True)
 
     def _choose(
-        self, query: torch.Tensor, leaves: Leaves, seen: SeenLeaves, scale: float | None,
-        earlier_query: torch.Tensor | None, *, strict: bool,
+        self, query: torch.Tensor, key: torch.Tensor, leaves: Leaves, seen: SeenLeaves,
+        scale: float | None, earlier_query: torch.Tensor | None, *, strict: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Return the lists of the best leaves, and their counts."""
         voters, votes = tile_voters(
             query, tile_size=min(self.tile_size, query.shape[2]), num_means=self.num_means,
             strict=strict, earlier_query=earlier_query,
         )  # fmt: skip
+        longest, wanted = self._sizes()
         chosen = best_leaves(
             voters, votes, leaves, seen, scale=default_scale(query, scale),
-            num_leaves=self._sizes()[1],
+            num_leaves=resolve_budget(wanted, num_equal_runs(key.shape[2], longest)),
         )  # fmt: skip
         return lists_of_leaves(chosen, leaves, seen)
 

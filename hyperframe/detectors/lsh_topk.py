@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import pad
 
+from ..budget import check_budget, resolve_budget
 from ..component import check_positive_int
 from ..errors import ArgumentError
 from ..kernels.bucket_votes import bucket_votes
@@ -52,7 +53,8 @@ class LSHTopK(AbstractDetector):
     Args:
         num_rounds: independent rotations.
         keep: keys that a row keeps of a round.
-        num_keys: keys held by a tile, beside its own under `is_causal`.
+        num_keys: keys held by a tile, beside its own under `is_causal`; a float is a fraction of
+            all keys.
         num_buckets: buckets of a round, an even number. None: about one for 64 keys, at least 16,
             and at most `2 d`.
         reach: keys of its bucket that a row scores in a round, at most.
@@ -78,14 +80,15 @@ class LSHTopK(AbstractDetector):
 
     num_rounds: int = 4
     keep: int = 2
-    num_keys: int = 128
+    num_keys: int | float = 128
     num_buckets: int | None = None
     reach: int = 64
     tile_size: int = 64
 
     def __post_init__(self) -> None:
         """Check the parameters."""
-        for name in ("num_rounds", "keep", "num_keys", "reach", "tile_size"):
+        check_budget(self, "num_keys", self.num_keys)
+        for name in ("num_rounds", "keep", "reach", "tile_size"):
             check_positive_int(self, name, getattr(self, name))
         if self.num_buckets is None:
             return
@@ -149,7 +152,8 @@ class LSHTopK(AbstractDetector):
                 index = pad(index, (0, 0, 0, lacking), value=-1)
                 weight = pad(weight, (0, 0, 0, lacking))
             index, weight = (x.view(batch, heads, num_tiles, -1) for x in (index, weight))
-            kept = max(1, min(self.num_keys, index.shape[-1], num_keys))
+            wanted = resolve_budget(self.num_keys, num_keys)
+            kept = max(1, min(wanted, index.shape[-1], num_keys))
             chosen, held = best_distinct(index, weight, limit=num_keys, k=kept)
             pieces = [(chosen.clamp(max=max(0, num_keys - 1)), held)]
             if is_causal:

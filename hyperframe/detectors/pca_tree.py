@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..budget import check_budget
 from ..clustering.pca_tree import pca_order
 from ..component import check_positive_int
 from .leaf_detector import AbstractLeafDetector
@@ -40,7 +41,7 @@ class PCATree(AbstractLeafDetector):
         num_means: means of queries that choose for a tile.
         chunk_size: keys of the largest trees under `is_causal`; `tile_size` times a power of two.
         leaf_size: keys of a leaf, at most; leaves of one tree differ by one key at most.
-        num_leaves: leaves held by a tile.
+        num_leaves: leaves held by a tile; a float is a fraction of all of them.
 
     Cost: O(n d (d + log(n / leaf_size))) time to build the tree, under `is_causal` at most
     `log2(chunk_size / tile_size)` times that; O(n_q n_k d num_means / (tile_size leaf_size)) to
@@ -57,15 +58,15 @@ class PCATree(AbstractLeafDetector):
     """
 
     leaf_size: int = 16
-    num_leaves: int = 16
+    num_leaves: int | float = 16
 
     def __post_init__(self) -> None:
         """Check the parameters."""
         super().__post_init__()
         check_positive_int(self, "leaf_size", self.leaf_size)
-        check_positive_int(self, "num_leaves", self.num_leaves)
+        check_budget(self, "num_leaves", self.num_leaves)
 
-    def _sizes(self) -> tuple[int, int]:
+    def _sizes(self) -> tuple[int, int | float]:
         return self.leaf_size, self.num_leaves
 
     def _order(self, points: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:

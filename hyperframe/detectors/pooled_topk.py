@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from ..budget import check_budget
 from ..component import check_positive_int
 from .leaf_detector import AbstractLeafDetector
 
@@ -31,7 +32,7 @@ class PooledTopK(AbstractLeafDetector):
         chunk_size: as in `AbstractLeafDetector`; without effect where `block_size` divides
             `tile_size`, since all chunks then have the same blocks.
         block_size: keys of a block.
-        num_blocks: blocks held by a tile.
+        num_blocks: blocks held by a tile; a float is a fraction of all of them.
 
     Cost: O(n_q n_k d num_means / (tile_size block_size)) time, by default 1/256 of the logits;
     memory O(n). Deterministic. No gradient.
@@ -48,15 +49,15 @@ class PooledTopK(AbstractLeafDetector):
     registry_name: ClassVar[str | None] = "pooled_topk"
 
     block_size: int = 16
-    num_blocks: int = 16
+    num_blocks: int | float = 16
 
     def __post_init__(self) -> None:
         """Check the parameters."""
         super().__post_init__()
         check_positive_int(self, "block_size", self.block_size)
-        check_positive_int(self, "num_blocks", self.num_blocks)
+        check_budget(self, "num_blocks", self.num_blocks)
 
-    def _sizes(self) -> tuple[int, int]:
+    def _sizes(self) -> tuple[int, int | float]:
         return self.block_size, self.num_blocks
 
     def _points(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

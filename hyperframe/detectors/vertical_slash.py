@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from ..budget import check_budget, resolve_budget
 from ..component import check_non_negative_int, check_positive_int
 from ..kernels.select import select_top
 from ..kernels.votes import Lines, column_votes, line_votes
@@ -43,7 +44,7 @@ class VerticalSlash(AbstractDetector):
     the rows, as many as a segment (or tile) has, that end with its first one.
 
     Args:
-        num_columns: columns held by a row.
+        num_columns: columns held by a row; a float is a fraction of the keys.
         num_diagonals: keys on diagonals held by a row.
         num_queries: rows that vote, in each segment and each tile.
         num_segments: segments of rows with columns and diagonals of their own.
@@ -71,7 +72,7 @@ class VerticalSlash(AbstractDetector):
 
     takes_stream: ClassVar[bool] = True
 
-    num_columns: int = 192
+    num_columns: int | float = 192
     num_diagonals: int = 64
     num_queries: int = 8
     num_segments: int = 64
@@ -80,7 +81,7 @@ class VerticalSlash(AbstractDetector):
 
     def __post_init__(self) -> None:
         """Check the parameters."""
-        check_positive_int(self, "num_columns", self.num_columns)
+        check_budget(self, "num_columns", self.num_columns)
         check_positive_int(self, "num_diagonals", self.num_diagonals)
         check_positive_int(self, "num_queries", self.num_queries)
         check_positive_int(self, "num_segments", self.num_segments)
@@ -141,7 +142,7 @@ class VerticalSlash(AbstractDetector):
         )
         num_runs = -(-(cut.stop_offset - cut.first_offset) // cut.run)
         lines = Lines(
-            num_columns=min(self.num_columns, num_keys), run=cut.run,
+            num_columns=min(resolve_budget(self.num_columns, num_keys), num_keys), run=cut.run,
             first_offset=cut.first_offset, num_runs=max(num_runs, self.num_diagonals // cut.run),
         )  # fmt: skip
         columns, votes = line_votes(
@@ -202,7 +203,7 @@ class VerticalSlash(AbstractDetector):
         stop = cut.begin.unsqueeze(-1) + stop - max(0, self.min_offset - cut.tile_size)
         stop = stop.clamp(max=num_keys).maximum(begin.unsqueeze(-1))
         width = min(cut.rows - cut.tile_size, num_keys)
-        count = min(max(1, self.num_columns // 4), width)
+        count = min(max(1, resolve_budget(self.num_columns, num_keys) // 4), width)
         seen = stop - begin.unsqueeze(-1)
         step = max(1, _CHUNK_BYTES // (4 * rows[:, :, 0, :, 0, 0].numel() * max(1, width)))
         found, held = [], []

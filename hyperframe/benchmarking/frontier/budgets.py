@@ -51,8 +51,11 @@ def _times(changed: str, other: str) -> Rule:
 
 def _vertical_slash(detector: Any, keys: int) -> AbstractDetector:
     """Columns and diagonals share the budget in the proportion they have."""
-    total = detector.num_columns + detector.num_diagonals
-    columns = keys * detector.num_columns // total if total else keys
+    share = detector.num_columns
+    if isinstance(share, float):  # of the keys of a call, which are not known here
+        columns = max(1, keys - detector.num_diagonals)
+    else:
+        columns = keys * share // (share + detector.num_diagonals)
     found: AbstractDetector = detector.replace(num_columns=columns, num_diagonals=keys - columns)
     return found
 
