@@ -215,12 +215,8 @@ def _position_plan(
     if can_lay_out(mask.device) and num_tiles > 1 and _vary_by_tile(tiled, per_tile_sample):
         return _laid_out(mask, tiled, band, ordered, shape, tile_size, sample, rule)
     pieces = [(_int32(part.key_index), part.key_count) for part in tiled]
-    if band is not None:
-        sinks = min(band.num_sinks, mask.num_keys)
-        if sinks:
-            index = torch.arange(sinks, dtype=torch.int32, device=mask.device)
-            index = index.expand(1, 1, num_tiles, -1)
-            pieces.insert(0, (index, torch.full((1, 1, 1), sinks, device=mask.device)))
+    if band is not None and band.num_sinks:
+        pieces.insert(0, _sink_lists(band, num_tiles))
     index, count = concatenate_lists(pieces, shape, mask.device)
     band_count = None
     if band is not None:
@@ -263,11 +259,7 @@ def _summarised(
     num_tiles, num_keys, device = shape[2], mask.num_keys, mask.device
     pieces = [(_int32(part.key_index), part.key_count) for part in lists]
     if band is not None:
-        banded = _band_lists(band, tile_size, num_tiles)
-        sinks = min(band.num_sinks, num_keys)
-        first = torch.arange(sinks, dtype=torch.int32, device=device)
-        count = torch.full((1, 1, 1), sinks, device=device)
-        pieces += [(first.expand(1, 1, num_tiles, -1), count), banded]
+        pieces += [_sink_lists(band, num_tiles), _band_lists(band, tile_size, num_tiles)]
     if summaries.unit is not None:
         # from where the groups stop to the end of the tile
         start = summaries.stop
@@ -293,12 +285,12 @@ def _summarised(
     drawn = spread_heads(sample.index, shape[1])
     if drawn.dim() == 3:
         drawn = drawn.unsqueeze(2)
-    joined, _, key_count = append_lists(
+    joined, weights, key_count = append_lists(
         index, count, drawn.expand(left.shape), left.log().float(), summaries.count.expand(shape)
     )
-    weights = torch.cat([plan.log_weight, plan.log_weight.new_zeros(left.shape)], dim=-1)
-    target = (count.unsqueeze(-1) + torch.arange(width, device=device)).expand(left.shape)
-    weights = weights.scatter(-1, target, left.log().float())
+    # -inf for a second copy of an exact key
+    repeats = plan.log_weight.masked_fill(~used, 0.0)
+    weights = weights + torch.nn.functional.pad(repeats, (0, width))
     return replace(
         plan, key_index=_int32(joined), key_count=_int32(key_count), log_weight=weights,
         summary_key=summaries.key, summary_value=summaries.value,
@@ -393,6 +385,13 @@ def _union_of_bands(bands: list[BandMask]) -> BandMask | None:
         right=max(band.right for band in bands),
         num_sinks=max(band.num_sinks for band in bands),
     )
+
+
+def _sink_lists(band: BandMask, num_tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """First keys that all rows hold: `[1, 1, T, L]` and counts; stored once."""
+    index = torch.arange(min(band.num_sinks, band.num_keys), dtype=torch.int32, device=band.device)
+    count = torch.full((1, 1, 1), len(index), device=band.device)
+    return index.expand(1, 1, num_tiles, -1), count
 
 
 def _band_lists(

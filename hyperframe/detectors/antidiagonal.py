@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -12,8 +11,9 @@ from ..component import check_fraction, check_positive_int
 from ..errors import ArgumentError
 from ..masks import HeavyMask
 from ..precision import without_autocast
-from .base import AbstractDetector, default_scale
-from .blocks import best_blocks, delayed, filled_runs
+from .base import default_scale
+from .block_scores import AbstractBlockScores
+from .blocks import best_blocks, filled_runs
 
 __all__ = ["Antidiagonal", "antidiagonal_scores"]
 
@@ -62,7 +62,7 @@ def _products(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Antidiagonal(AbstractDetector):
+class Antidiagonal(AbstractBlockScores):
     """Blocks of keys whose strided antidiagonals hold the largest logits.
 
     A tile of `tile_size` rows and a block of `block_size` keys meet in a rectangle of logits. Its
@@ -100,13 +100,10 @@ class Antidiagonal(AbstractDetector):
         [4, 5]
     """
 
-    takes_stream: ClassVar[bool] = True
-
     block_size: int = 16
     num_blocks: int | float = 16
     stride: int = 8
     top_p: float = 1.0
-    tile_size: int = 64
 
     def __post_init__(self) -> None:
         """Check the parameters."""
@@ -121,22 +118,6 @@ class Antidiagonal(AbstractDetector):
                     f"antidiagonal: stride={self.stride} does not divide {name}={size}, so that "
                     f"antidiagonals would miss some of its rows or keys; pass a divisor of {size}"
                 )
-
-    def find(
-        self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
-        is_causal: bool = False, generator: torch.Generator | None = None,
-    ) -> HeavyMask:  # fmt: skip
-        """Return the blocks; see the class and `AbstractDetector.find`."""
-        return self._find(query, query, key, scale, is_causal)
-
-    def find_strict(
-        self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
-        is_causal: bool = False, generator: torch.Generator | None = None,
-        earlier_query: torch.Tensor | None = None,
-    ) -> HeavyMask:  # fmt: skip
-        """Return blocks that no query after the first of a tile helped to choose."""
-        voters = delayed(query, earlier_query, self.tile_size - 1)
-        return self._find(voters, query, key, scale, is_causal)
 
     def _find(
         self, voters: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: float | None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -12,8 +11,9 @@ from ..component import check_choice, check_positive_int
 from ..errors import ArgumentError
 from ..masks import HeavyMask
 from ..precision import without_autocast
-from .base import AbstractDetector, default_scale
-from .blocks import best_blocks, delayed, filled_runs
+from .base import default_scale
+from .block_scores import AbstractBlockScores
+from .blocks import best_blocks, filled_runs
 
 __all__ = ["Quest", "block_extremes", "logit_bounds"]
 
@@ -67,7 +67,7 @@ def _bounds(parts: torch.Tensor, extremes: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quest(AbstractDetector):
+class Quest(AbstractBlockScores):
     """Blocks of keys that may hold large logits, by the extremes of their coordinates.
 
     Of every block the largest and smallest value of each coordinate are kept; with them,
@@ -101,13 +101,10 @@ class Quest(AbstractDetector):
         [4, 5]
     """
 
-    takes_stream: ClassVar[bool] = True
-
     block_size: int = 16
     num_blocks: int | float = 16
     num_queries: int = 4
     reduction: str = "mean"
-    tile_size: int = 64
 
     def __post_init__(self) -> None:
         """Check the parameters."""
@@ -122,22 +119,6 @@ class Quest(AbstractDetector):
                 f"tile_size={self.tile_size} into equal runs of rows; pass a divisor of "
                 f"{self.tile_size}"
             )
-
-    def find(
-        self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
-        is_causal: bool = False, generator: torch.Generator | None = None,
-    ) -> HeavyMask:  # fmt: skip
-        """Return the blocks; see the class and `AbstractDetector.find`."""
-        return self._find(query, query, key, scale, is_causal)
-
-    def find_strict(
-        self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
-        is_causal: bool = False, generator: torch.Generator | None = None,
-        earlier_query: torch.Tensor | None = None,
-    ) -> HeavyMask:  # fmt: skip
-        """Return blocks that no query after the first of a tile helped to choose."""
-        voters = delayed(query, earlier_query, self.tile_size - 1)
-        return self._find(voters, query, key, scale, is_causal)
 
     def _find(
         self, voters: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: float | None,
