@@ -19,6 +19,8 @@ __all__ = ["TileLists", "can_lay_out", "tile_lists"]
 class TileLists(NamedTuple):
     """Lists `[banded | sinks | exact | sampled | unused]`, as in `TilePlan`.
 
+    Of the unused slots, those up to a whole block of `WHOLE_BLOCK` are counted, with weight 0.
+
     Attributes:
         key_index: int32 `[batch, heads, tiles, slots]`.
         log_weight: float32, the same shape; `-inf` for copies of a key that is held elsewhere.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["SCHEMA", "num_slots"]
+__all__ = ["SCHEMA", "WHOLE_BLOCK", "num_slots"]
+
+WHOLE_BLOCK = 128
+"""Lists end with a whole block of so many slots: the largest that an attention kernel takes."""
 
 SCHEMA = (
     "(Tensor index, Tensor count, Tensor? sample_index, Tensor? sample_weight, SymInt[] band,"
@@ -26,7 +29,8 @@ def num_slots(
     if left >= 0:
         banded = min(num_keys, tile_size + left + (0 if is_causal else right))
         banded += min(num_sinks, num_keys)
-    return banded + index.shape[3] + (0 if sample_index is None else sample_index.shape[3])
+    slots = banded + index.shape[3] + (0 if sample_index is None else sample_index.shape[3])
+    return -(-slots // WHOLE_BLOCK) * WHOLE_BLOCK
 
 
 @torch.library.register_fake("hyperframe::tile_lists")

@@ -36,6 +36,9 @@ CONSECUTIVE, ORDERED, BLOCKED = (
 )
 
 
+_LONGEST_RUN = 128  # rows that see nearly the same keys, so that few blocks need a test
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PlanView:
     """One plan as the kernels see it.
@@ -78,6 +81,14 @@ class PlanView:
         """Whether all rows of a tile see all keys of its list."""
         names = ("HAS_BAND", "IS_CAUSAL", "NUM_EXCLUDED", "SUMMARIES")
         return not any(self.variant[name] for name in names)
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether `tile_forward_kernel` can do it: short runs of rows, one weight for a slot."""
+        names = ("HAS_VALUE_WEIGHT", "HAS_CAP", "HAS_FLOOR", "NUM_EXCLUDED", "SUMMARIES")
+        apart = self.variant["HAS_WEIGHT"] and self.lists["weight_slot"] != 1
+        is_run = self.rows == CONSECUTIVE and self.tile_slots <= _LONGEST_RUN
+        return is_run and not (apart or any(self.variant[name] for name in names))
 
     @property
     def num_summaries(self) -> int:

@@ -34,6 +34,7 @@ from .common import ORDERED
 from .configs import Config, choose, launch, padded
 from .forward import forward_kernel
 from .lists import delta_kernel
+from .tile_forward import survey_kernel, tile_forward_kernel
 
 __all__ = ["backward", "forward"]
 
@@ -114,15 +115,45 @@ def _forward_plan(
         "out_ptr": out, "lse_ptr": lse, "floored_ptr": floored,
         "o_batch": out.stride(0), "o_head": out.stride(1), "o_row": out.stride(2),
     }  # fmt: skip
+    rest = False
+    if view.is_simple and not merge:
+        rest = _forward_tiles(query, key, value, view, given)
+    given |= {"REST": rest, "bits_ptr": given.get("bits_ptr", query)}
     launch(
-        forward_kernel, ("forward", merge, *_variant(view, query, value)),
+        forward_kernel, ("forward", merge, rest, *_variant(view, query, value)),
         choose(
-            "merging forward" if merge else "forward", query, value, view.places, view.list_slots,
-            is_plain=view.is_plain,
+            "merging forward" if merge else "rest forward" if rest else "forward", query, value,
+            view.places, view.list_slots, is_plain=view.is_plain,
         ),
         lambda config: _grid(query, view, config),
         lambda config: {**given, **config.blocks()},
     )  # fmt: skip
+
+
+def _forward_tiles(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, view: PlanView,
+    given: dict[str, Any],
+) -> bool:  # fmt: skip
+    """Do what the kernel for tiles alone can do, if anything, and add `bits_ptr` to `given`."""
+    config = choose("tile forward", query, value, view.places, view.list_slots, is_plain=True)
+    if config.block_n > view.list_slots:
+        return False
+    shape = (query.shape[0], view.plan_heads, view.num_tiles)
+    given["bits_ptr"] = torch.empty(shape, dtype=torch.int64, device=query.device)
+
+    def arguments(kernel: Any, config: Config) -> dict[str, Any]:
+        every = {**given, **config.blocks()}
+        return {name: every[name] for name in kernel.arg_names}
+
+    def run(config: Config) -> dict[str, Any]:
+        survey_kernel[(shape[2], shape[1], shape[0])](**arguments(survey_kernel, config))
+        return arguments(tile_forward_kernel, config)
+
+    launch(
+        tile_forward_kernel, ("tile forward", *_variant(view, query, value)), config,
+        lambda config: _grid(query, view, config), run,
+    )  # fmt: skip
+    return True
 
 
 def backward(

@@ -18,6 +18,8 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 UNUSED: tl.constexpr = tl.constexpr(-0x80000000)  # instead of the key of an unused slot
 
+APART: tl.constexpr = tl.constexpr(62)  # the bit of tiles that `tile_forward_kernel` cannot do
+
 CONSECUTIVE: tl.constexpr = tl.constexpr(0)
 ORDERED: tl.constexpr = tl.constexpr(1)
 BLOCKED: tl.constexpr = tl.constexpr(2)

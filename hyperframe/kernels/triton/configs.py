@@ -61,6 +61,13 @@ _MEASURED = {
     ("forward", 64): Config(64, 64, 4, 3, 128),
     ("forward", 128): Config(128, 64, 8, 2, 128),
     ("forward", 256): Config(64, 32, 4, 2),
+    ("tile forward", 64): Config(64, 128, 4, 2, 168),
+    ("tile forward", 128): Config(64, 64, 4, 3),
+    ("tile forward", 256): Config(64, 32, 4, 2),
+    # small, because most of its programs have nothing to do
+    ("rest forward", 64): Config(64, 32, 4, 3),
+    ("rest forward", 128): Config(64, 32, 4, 2),
+    ("rest forward", 256): Config(64, 32, 4, 2),
     ("merging forward", 64): Config(64, 64, 4, 3, 128),
     ("merging forward", 128): Config(64, 32, 4, 3, 168),
     ("merging forward", 256): Config(64, 32, 4, 2),

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from .common import (
+    APART,
     BLOCKED,
     LN_2,
     LOG2_E,
@@ -114,7 +115,7 @@ def exponentials(logits, shift, factor, weight, UNIFORM: tl.constexpr):
 
 @triton.jit(do_not_specialize=[*_SIZES, "position_offset"])
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, floored_ptr,
+    bits_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, floored_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     o_batch, o_head, o_row, table_ptr, order_ptr, order_batch, order_head,
     index_ptr, index_batch, index_head, index_tile,
@@ -131,11 +132,12 @@ def forward_kernel(
     HAS_WEIGHT: tl.constexpr, HAS_VALUE_WEIGHT: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_FLOOR: tl.constexpr, HAS_BAND: tl.constexpr, IS_CAUSAL: tl.constexpr,
     NUM_EXCLUDED: tl.constexpr, SUMMARIES: tl.constexpr, MERGE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """See the module. `counts` is int32 `[batch, heads, tiles, 3]`: used, exact and banded slots.
 
     The lists of blocks (`ROWS == BLOCKED`) belong to key heads, those of other plans to plan heads.
+    `REST`: only the tiles that `tile_forward_kernel` left; `bits` says which.
     """
     SPLIT: tl.constexpr = HAS_VALUE_WEIGHT or HAS_CAP or HAS_FLOOR
     # lists of blocks without weights: exact slots, then samples that all weigh the same
@@ -147,6 +149,10 @@ def forward_kernel(
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     key_head = head // heads_per_key
+    if REST:
+        bits = tl.load(bits_ptr + (batch * plan_heads + head) * num_tiles + tile)
+        if (bits >> APART) & 1 == 0:
+            return
 
     # ---- the rows
     place = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)

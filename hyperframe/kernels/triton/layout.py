@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..ops.layout import WHOLE_BLOCK
+
 __all__ = ["triton_tile_lists"]
 
 _BLOCK = 256
@@ -38,6 +40,7 @@ def tile_lists_kernel(
     index_ptr, log_weight_ptr, counts_ptr, heads_per_list, heads_per_sample, num_heads, num_batch,
     num_tiles, tile_size, num_queries, num_keys, offset, left, right, num_sinks, list_slots,
     num_samples, slots, HAS_BAND: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """See `hyperframe.kernels.layout.tile_lists`; `counts` is `[3, batch, heads, tiles]`."""
     tile, head = tl.program_id(0), tl.program_id(1)
@@ -89,12 +92,18 @@ def tile_lists_kernel(
         tl.store(index_ptr + exact + slot, key, mask=used)
         weight = tl.where(held, float("-inf"), weight)
         tl.store(log_weight_ptr + exact + slot, weight, mask=used)
-    for start in range(exact + num_samples, slots, BLOCK):
+    used = exact + num_samples
+    # up to a whole block: slots of weight 0 that repeat a key of the list, so that nothing leaks
+    spare = tl.load(sample_ptr, mask=num_samples > 0, other=0).to(tl.int32)
+    spare = tl.load(list_ptr, mask=count > 0, other=spare).to(tl.int32)
+    if HAS_BAND:
+        spare = tl.where(banded > 0, begin, tl.where(num_sinks > 0, 0, spare))
+    for start in range(used, slots, BLOCK):
         slot = start + lane
-        tl.store(index_ptr + slot, slot * 0, mask=slot < slots)
-        tl.store(log_weight_ptr + slot, slot * 0.0, mask=slot < slots)
+        tl.store(index_ptr + slot, slot * 0 + spare, mask=slot < slots)
+        tl.store(log_weight_ptr + slot, slot * 0.0 + float("-inf"), mask=slot < slots)
     lists = num_batch * num_heads * num_tiles
-    tl.store(counts_ptr + program, exact + num_samples)
+    tl.store(counts_ptr + program, tl.cdiv(used, WHOLE) * WHOLE)
     tl.store(counts_ptr + lists + program, exact)
     tl.store(counts_ptr + 2 * lists + program, banded)
 
@@ -122,6 +131,7 @@ def triton_tile_lists(
             heads // list_heads, heads // sample_index.shape[1], heads, batch, tiles, tile_size,
             num_queries, num_keys, offset, left, 0 if is_causal else right,
             min(num_sinks, num_keys) if left >= 0 else 0, list_slots, sample_index.shape[3], slots,
-            HAS_BAND=left >= 0, STEPS=list_slots.bit_length(), BLOCK=_BLOCK, num_warps=4,
+            HAS_BAND=left >= 0, STEPS=list_slots.bit_length(), BLOCK=_BLOCK, WHOLE=WHOLE_BLOCK,
+            num_warps=4,
         )  # fmt: skip
     return keys, weights, *counts.unbind()

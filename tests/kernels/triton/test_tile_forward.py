@@ -1,0 +1,149 @@
+"""The kernel of tiles with whole lists: what it does itself, and what it leaves to the other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from hyperframe.kernels import reference, triton_backend
+from hyperframe.plan import TilePlan
+
+pytest.importorskip("triton")
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+pytestmark = pytest.mark.skipif(
+    triton_backend.why_not(DEVICE) is not None, reason=str(triton_backend.why_not(DEVICE))
+)
+D, TILE, SLOTS = 16, 8, 64  # two blocks of the configuration for float32
+
+
+def problem(
+    *, group: int = 1, queries: int = 27, keys: int = 80, causal: bool = True,
+    band: tuple[int, int] | None = (5, 2), weighted: bool = True, slots: int = SLOTS, seed: int = 0,
+) -> tuple[list[torch.Tensor], TilePlan]:  # fmt: skip
+    """Inputs and a plan whose tiles hold a run of keys (banded), other keys, and samples."""
+    generator = torch.Generator().manual_seed(seed)
+    heads, tiles = 2, -(-queries // TILE)
+    q = torch.randn((1, heads * group, queries, D), generator=generator)
+    k, v = torch.randn((2, 1, heads, keys, D), generator=generator)
+    index = torch.stack([
+        torch.randperm(keys, generator=generator)[:slots] for _ in range(heads * tiles)
+    ]).view(1, heads, tiles, slots)  # fmt: skip
+    weight = torch.randn(index.shape, generator=generator)
+    heavy = slots // 2
+    weight[..., :heavy] = 0.0
+    weight[..., 3] = float("-inf")
+
+    def count(number: int) -> torch.Tensor:
+        return torch.full((1, heads, tiles), number, dtype=torch.int32, device=DEVICE)
+
+    plan = TilePlan(
+        key_index=index.int().to(DEVICE), key_count=count(slots), heavy_count=count(heavy),
+        band=band, band_count=None if band is None else count(slots // 4), tile_size=TILE,
+        num_query_heads=heads * group, num_queries=queries, num_keys=keys, is_causal=causal,
+        log_weight=weight.to(DEVICE) if weighted else None, disjoint=True,
+    )  # fmt: skip
+    return [x.to(DEVICE) for x in (q, k, v)], plan
+
+
+def run(inputs: list[torch.Tensor], plan: TilePlan) -> tuple[list[torch.Tensor], list[bool]]:
+    """Output, lse, and which tiles of the heads were left to the other kernel."""
+    from hyperframe.kernels.triton import attend
+
+    left: list[torch.Tensor] = []
+    launch = attend.launch
+
+    def watched(kernel: Any, key: Any, config: Any, programs: Any, arguments: Any) -> Any:
+        if kernel is attend.forward_kernel:
+            given = arguments(config)
+            assert given["REST"]
+            left.append((given["bits_ptr"] >> 62) & 1)
+        return launch(kernel, key, config, programs, arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attend, "launch", watched)
+        out, lse, _ = attend.forward(*inputs, [plan], None, 0.25)
+    (apart,) = left
+    return [out, lse], apart.flatten().bool().tolist()
+
+
+def assert_exact(inputs: list[torch.Tensor], plan: TilePlan, found: list[torch.Tensor]) -> None:
+    exact = reference.attend(*(x.double() for x in inputs), plan, scale=0.25)
+    for part, name in zip(found, ("out", "lse"), strict=True):
+        expected = getattr(exact, name)
+        assert torch.equal(torch.isinf(part), torch.isinf(expected))
+        torch.testing.assert_close(part.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "causal band and weights": {},
+    "no weights": {"weighted": False},
+    "causal alone": {"band": None},
+    "band without causality": {"causal": False},
+    "nothing to test": {"causal": False, "band": None},
+    "heads that share tiles": {"group": 3},
+    "more keys than queries": {"queries": 9, "keys": 100},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whole_lists_are_done_here(case: str) -> None:
+    inputs, plan = problem(**CASES[case])
+    # every row sees something of the first block: nothing has to be done again
+    plan.key_index[..., 20] = torch.where(plan.key_index[..., 20] == 0, 1, 0)
+    plan = replace(plan, disjoint=False).deduplicated()
+    found, left = run(inputs, plan)
+    assert not any(left)
+    assert_exact(inputs, plan, found)
+
+
+def test_lists_that_do_not_end_with_a_block_are_left() -> None:
+    inputs, plan = problem(causal=False)
+    count = plan.key_count.clone()
+    count[0, 1, 2] -= 5
+    plan = replace(plan, key_count=count)
+    plan.key_index[0, 1, 2, -5:] = 1 << 30  # not used, not read
+    found, left = run(inputs, plan)
+    assert left == [number == 6 for number in range(8)]
+    assert_exact(inputs, plan, found)
+
+
+def test_keys_out_of_range_are_not_read() -> None:
+    inputs, plan = problem(causal=False)
+    wrong = plan.key_index.clone()
+    wrong[0, 0, 1, 40] = 1 << 28
+    wrong[0, 1, 3, 7] = -(1 << 28)
+    found, left = run(inputs, replace(plan, key_index=wrong))
+    assert left == [number in (1, 7) for number in range(8)]
+    wrong[0, 0, 1, 40], wrong[0, 1, 3, 7] = 79, 0  # the nearest keys there are
+    assert_exact(inputs, replace(plan, key_index=wrong), found)
+
+
+@pytest.mark.parametrize("height", [60.0, 400.0])
+def test_rows_that_leave_the_range_of_the_first_block_are_done_again(height: float) -> None:
+    (q, k, v), plan = problem(causal=False, band=None, weighted=False)
+    q[..., 0], k[..., 0] = 1.0, 0.0
+    later = plan.key_index[0, 1, 2, -1].long()  # of the last block of one tile
+    k[0, 1, later, 0] = height / 0.25
+    found, left = run([q, k, v], plan)
+    assert left[6]
+    exact = reference.attend(q.double(), k.double(), v.double(), plan, scale=0.25)
+    torch.testing.assert_close(found[1].double(), exact.lse, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(found[0].double(), exact.out, rtol=2e-4, atol=2e-4)
+
+
+def test_a_list_without_a_key() -> None:
+    inputs, plan = problem()
+    count = plan.key_count.clone()
+    count[0, 0, 1] = 0
+    none = torch.minimum(plan.heavy_count, count)
+    assert plan.band_count is not None
+    plan = replace(
+        plan, key_count=count, heavy_count=none, band_count=torch.minimum(plan.band_count, none)
+    )
+    found, _ = run(inputs, plan)
+    assert_exact(inputs, plan, found)
+    assert torch.isinf(found[1][0, 0, 8:16]).all()
