@@ -12,9 +12,10 @@ from typing import Any, ClassVar, Literal, TypeAlias, overload
 import torch
 
 from . import detectors, estimators, samplers
+from .assembly import no_columns
 from .component import AbstractComponent, check_bool, check_choice, check_non_negative_int
 from .detectors.auto import PRESETS
-from .errors import ArgumentTypeError, SpecError, UnsupportedError, did_you_mean
+from .errors import ArgumentError, ArgumentTypeError, SpecError, UnsupportedError, did_you_mean
 from .kernels import resolve_backend
 from .kernels.backends import BACKENDS
 from .padding import Part, solve_padded
@@ -39,8 +40,17 @@ class HyperAttention:
             a preset of the detector `auto`: `"fast"`, `"balanced"` (what `"auto"` is) or
             `"accurate"`.
         sampler: which columns stand for the rest; the same three forms. `"auto"` is the sampler
-            that goes with the detector: its `residual`, which is uniform for all but `auto`.
+            that goes with the detector: its `residual`, which is uniform for all but `auto`; or
+            the `columns` of an estimator that has some (`kde`); in `assembly="paper"` it is
+            `row_norm`.
         estimator: how the row sums are estimated; the same three forms.
+        assembly: `"residual"`: heavy entries count exactly in the output and in the row sums, and
+            the sampled columns stand for the rest of both. `"paper"` is Algorithm 3 to the letter,
+            `D~^-1 A S^T S V`: the row sums `D~` are the estimator's, by `num_samples` uniform
+            columns of its own beside the exact heavy entries, and S are `num_samples` columns that
+            the sampler draws from all of them, so that heavy entries are sampled in the output like
+            all others (see `hyperframe.assembly`). Its error is that of Lemma 2; no detector makes
+            it smaller.
         num_samples: sampled keys or groups for a row (in the recursion: of each rectangle); 0
             drops everything that is not heavy. Where no more keys than this exist, all of them
             are taken once.
@@ -80,6 +90,7 @@ class HyperAttention:
     detector: Any = "auto"
     sampler: Any = "auto"
     estimator: Any = "uniform"
+    assembly: str = "residual"
     num_samples: int = 256
     causal: str = "single_pass"
     strict_causal: bool = False
@@ -115,7 +126,8 @@ class HyperAttention:
     def replace(self, **changes: Any) -> HyperAttention:
         """Return a copy with some options changed, checked like a new one."""
         check_options(changes, owner="HyperAttention.replace")
-        if {"detector", "strict_causal"} & changes.keys() and self._goes_with_detector:
+        chosen_by = {"detector", "estimator", "strict_causal", "assembly"}
+        if chosen_by & changes.keys() and self._goes_with_detector:
             changes.setdefault("sampler", "auto")
         return dataclasses.replace(self, **changes)
 
@@ -128,11 +140,15 @@ class HyperAttention:
         # no field: whether the sampler has to change with the detector
         is_auto = isinstance(self.sampler, str) and self.sampler.strip() == "auto"
         object.__setattr__(self, "_goes_with_detector", is_auto)
-        sampler = self.detector.residual if is_auto else self.sampler
+        check_choice("HyperAttention", "assembly", self.assembly, ("residual", "paper"))
+        object.__setattr__(self, "estimator", estimators.create(self.estimator))
+        residual = self.estimator.columns or self.detector.residual
+        if self.assembly == "paper":
+            residual = "row_norm"
+        sampler = residual if is_auto else self.sampler
         if sampler == "auto" and self.strict_causal is True:
             sampler = "auto(metric='key')"
         object.__setattr__(self, "sampler", samplers.create(sampler))
-        object.__setattr__(self, "estimator", estimators.create(self.estimator))
         owner = "HyperAttention"
         check_non_negative_int(owner, "num_samples", self.num_samples)
         check_choice(owner, "causal", self.causal, ("single_pass", "recursive"))
@@ -147,6 +163,15 @@ class HyperAttention:
                 "int, or None to draw one from torch's global generator in every call"
             )
 
+        if self.assembly == "paper":
+            if self.num_samples == 0:
+                raise ArgumentError(
+                    "HyperAttention: num_samples=0 with assembly='paper' leaves nothing to make "
+                    "the output of, whose every entry is sampled; pass at least 1, or "
+                    "assembly='residual'"
+                )
+            if not self.sampler.draws_keys:
+                raise UnsupportedError(no_columns(self.sampler.name))
         for part in (self.sampler, self.estimator):
             if self.strict_causal and getattr(part, "uses_queries", False):
                 raise UnsupportedError(
@@ -230,7 +255,8 @@ class HyperAttention:
         call = Pipeline(
             detector=options.detector, sampler=options.sampler, estimator=options.estimator,
             num_samples=options.num_samples, causal=options.causal,
-            strict_causal=options.strict_causal, min_seq_len=options.min_seq_len,
+            strict_causal=options.strict_causal, assembly=options.assembly,
+            min_seq_len=options.min_seq_len,
             backend=options.backend, scale=scale, generator=generator, need_lse=return_lse,
         )  # fmt: skip
         if key_padding_mask is None:

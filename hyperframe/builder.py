@@ -20,14 +20,14 @@ from .blockplan import BlockPlan
 from .errors import UnsupportedError
 from .kernels.layout import can_lay_out, tile_lists
 from .kernels.lists import best_distinct
-from .masks import BandMask, BlockMask, HeavyMask, ListMask, RangeMask
+from .masks import BandMask, BlockMask, EntryMask, HeavyMask, ListMask, RangeMask
 from .plan import RankRanges, TilePlan
 from .ragged import append_lists, concatenate_lists, join_padded, spread_heads
 from .rectangles import Places
 from .rowsums import RowSumRule
 from .samples import KeySample, SampleDraw, Summaries
 
-__all__ = ["POSITION_TILE", "build_level_plans", "build_plans"]
+__all__ = ["POSITION_TILE", "build_level_plans", "build_plans", "tile_ends"]
 
 POSITION_TILE = 64
 """Rows of a tile of a plan laid out by position, where the mask does not say."""
@@ -46,7 +46,8 @@ def build_plans(
         rule: caps and floor for the sampled part.
 
     Returns:
-        One plan for every `RangeMask` and `BlockMask` in the mask, then one for the rest. The
+        One plan for every `RangeMask` and `BlockMask` in the mask, then one for the rest, in which
+        all rows of a tile hold what any row of it has in an `EntryMask`. The
         residual is in the last. Under a causal mask it is drawn from the prefix of each tile of
         consecutive rows. A `BlockMask` that is the whole mask becomes a `BlockPlan`, if it is not
         causal, has no caps or floors, and a residual can reach all of its rows.
@@ -59,6 +60,7 @@ def build_plans(
         if not block.is_causal and not is_bounded and (draw is None or block.covers_all_rows):
             return [_whole_block_plan(block, _drawn(draw))]
     parts = [part.to_ranges() if isinstance(part, BlockMask) else part for part in parts]
+    parts = [part.to_lists() if isinstance(part, EntryMask) else part for part in parts]
     ordered = [part for part in parts if isinstance(part, RangeMask)]
     positional = [part for part in parts if not isinstance(part, RangeMask)]
     # (torch.compile cannot trace `bool` of a list in every version)
@@ -207,7 +209,7 @@ def _position_plan(
     tiled = [part.retile(tile_size) for part in lists]
     sample = None
     if draw is not None:
-        sample = draw(_tile_ends(mask, tile_size) if per_tile_sample else None)
+        sample = draw(tile_ends(mask, tile_size) if per_tile_sample else None)
     if sample is not None and sample.summaries is not None:
         if ordered:
             raise UnsupportedError(_NO_SUMMARIES)
@@ -263,7 +265,7 @@ def _summarised(
     if summaries.unit is not None:
         # from where the groups stop to the end of the tile
         start = summaries.stop
-        stop = _tile_ends(mask, tile_size)
+        stop = tile_ends(mask, tile_size)
         longest = min(num_keys, tile_size + summaries.unit - 1)
         own = start.unsqueeze(-1) + torch.arange(longest, device=device)
         own = own.clamp(max=max(0, num_keys - 1)).int()
@@ -367,7 +369,7 @@ def _common_tile(lists: list[ListMask], num_queries: int, per_tile: bool) -> int
     return min(POSITION_TILE, num_queries) if per_tile else num_queries
 
 
-def _tile_ends(mask: HeavyMask, tile_size: int) -> torch.Tensor:
+def tile_ends(mask: HeavyMask, tile_size: int) -> torch.Tensor:
     """Return how many keys the last row of each tile may see: int64 `[tiles]`."""
     num_tiles = -(-mask.num_queries // tile_size)
     last_row = torch.arange(1, num_tiles + 1, device=mask.device) * tile_size

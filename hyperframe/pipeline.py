@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .assembly import product_plan, renormalised
 from .blockplan import BlockPlan
 from .builder import build_level_plans, build_plans
 from .causal import Rectangle, attend_recursively
@@ -27,9 +28,10 @@ from .masks import HeavyMask
 from .padding import Part, Place
 from .plan import TilePlan
 from .rectangles import Level, Places
+from .rowsums import RowSumRule
 from .samplers import AbstractSampler
 from .samplers.uniform import Uniform as UniformSampler
-from .samples import KeySample
+from .samples import KeySample, SampleDraw
 from .state import AttentionState
 from .trace import active_trace
 
@@ -72,6 +74,7 @@ class Pipeline:
     num_samples: int
     causal: str
     strict_causal: bool
+    assembly: str
     min_seq_len: int | None
     backend: str
     scale: float
@@ -183,6 +186,8 @@ class Pipeline:
         and the row sums have to be those of the plans.
         """
         sampler = self.sampler
+        if self.assembly != "residual":
+            return None
         if self.strict_causal or type(self.estimator).rule is not UniformEstimator.rule:
             return None
         # asked first: a detector that found the levels in vain would have taken draws
@@ -237,26 +242,44 @@ class Pipeline:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: HeavyMask
     ) -> AttentionState:
         """Attend by a mask, the sampled rest and the estimator's rule."""
-        rule = self.estimator.rule(
-            query, key, mask, scale=self.scale, num_samples=self.num_samples,
-            generator=self.generator,
-        )  # fmt: skip
+        rule = RowSumRule()
+        # columns of the numerator that make the estimate by themselves are not drawn again
+        is_own = self.assembly == "residual" and self.estimator.columns == self.sampler
+        if not is_own:
+            rule = self.estimator.rule(
+                query, key, mask, scale=self.scale, num_samples=self.num_samples,
+                generator=self.generator,
+            )  # fmt: skip
         draw = self.sampler.draws(
             query, key, value, num_samples=self.num_samples, generator=self.generator,
             scale=self.scale,
         )  # fmt: skip
+        if self.assembly == "paper" and draw is not None:
+            return self._assemble(query, key, value, mask, rule, draw)
         plans = build_plans(mask, key_heads=key.shape[1], draw=draw, rule=rule)
         self._count(plans, key.shape[1])
         state = attend_all(query, key, value, plans, scale=self.scale, backend=self.backend)
-        if rule.log_sum is not None:
-            # the numerator stays, the normaliser is replaced
-            # (a row without keys has -inf in both: subtract 0, so that no gradient becomes NaN)
-            log_sum = torch.where(torch.isinf(rule.log_sum), 0, rule.log_sum)
-            factor = torch.exp(state.lse - log_sum).unsqueeze(-1)
-            state = AttentionState(
-                out=(state.out * factor).to(state.out.dtype), lse=rule.log_sum.to(state.lse)
+        return state if rule.log_sum is None else renormalised(state, rule.log_sum)
+
+    def _assemble(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: HeavyMask,
+        rule: RowSumRule, draw: SampleDraw,
+    ) -> AttentionState:  # fmt: skip
+        """Attend as Algorithm 3 does: row sums and product, each by columns of its own."""
+        log_sum, plans = rule.log_sum, []
+        if log_sum is None:
+            columns = UniformSampler().draws(
+                query, key, value, num_samples=self.num_samples, generator=self.generator
             )
-        return state
+            plans = build_plans(mask, key_heads=key.shape[1], draw=columns, rule=rule)
+            nothing = value.new_zeros((*value.shape[:3], 1))  # row sums need no values
+            log_sum = attend_all(
+                query, key, nothing, plans, scale=self.scale, backend=self.backend
+            ).lse
+        product = product_plan(mask, draw, sampler=self.sampler.name)
+        self._count([*plans, product], key.shape[1])
+        state = attend_all(query, key, value, [product], scale=self.scale, backend=self.backend)
+        return renormalised(state, log_sum)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from ..component import check_fraction, check_positive_int
 from ..errors import UnsupportedError
 from ..kernels.lists import best_distinct
 from ..kernels.mass import NO_WINDOW, Window, tile_mass
-from ..masks import BandMask, HeavyMask, ListMask, UnionMask
+from ..masks import BandMask, EntryMask, HeavyMask, ListMask, UnionMask
 from ..masks.base import problem_of
 from ..ragged import join_padded
 from .base import AbstractDetector, default_scale
@@ -176,9 +176,10 @@ class Refined(AbstractDetector):
         return UnionMask.of(*refined, *bands)
 
     def _parts(self, mask: HeavyMask) -> tuple[list[ListMask], list[BandMask]]:
-        lists = [part for part in mask.parts() if isinstance(part, ListMask)]
-        bands = [part for part in mask.parts() if isinstance(part, BandMask)]
-        if len(lists) + len(bands) < len(list(mask.parts())):
+        parts = [p.to_lists() if isinstance(p, EntryMask) else p for p in mask.parts()]
+        lists = [part for part in parts if isinstance(part, ListMask)]
+        bands = [part for part in parts if isinstance(part, BandMask)]
+        if len(lists) + len(bands) < len(parts):
             raise UnsupportedError(
                 f"refined: candidates={self.candidates.name} holds hash blocks in orders of their "
                 "own; take a detector that lists keys for tiles of rows, for example "

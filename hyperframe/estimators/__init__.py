@@ -7,7 +7,9 @@ from .base import AbstractEstimator
 __all__ = ["AbstractEstimator", "create", "entries", "names", "register", "registry", "to_spec"]
 
 _BUILTINS = {
+    "approx_d": ".estimators.approx_d:ApproxD",
     "exact": ".estimators.exact:Exact",
+    "kde": ".estimators.kde:Kde",
     "uniform": ".estimators.uniform:Uniform",
 }
 

@@ -15,6 +15,7 @@ from ..errors import ArgumentError
 from ..masks import HeavyMask, check_mask_type
 from ..randomness import check_generator, with_generator
 from ..rowsums import RowSumRule, RowSums
+from ..samplers import AbstractSampler
 from ..validation import check_inputs, check_scale
 
 __all__ = ["AbstractEstimator"]
@@ -69,6 +70,15 @@ class AbstractEstimator(AbstractComponent):
             if method is not None and not getattr(method, "__isabstractmethod__", False):
                 setattr(cls, name, wrap(method))
                 cls.takes_stream = cls.__dict__.get("takes_stream", False)
+
+    @property
+    def columns(self) -> AbstractSampler | None:
+        """The sampler whose columns make this estimate by themselves, or None.
+
+        It is what `sampler="auto"` takes beside the estimator; and an attention with an equal
+        sampler is normalised by its own columns, not by a second draw of such.
+        """
+        return None
 
     @abstractmethod
     def row_sums(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .ops import has_triton
-from .ops.layout import num_slots  # defines the operator implemented here
+from .ops.layout import WHOLE_BLOCK, num_slots  # defines the operator implemented here
 
 __all__ = ["TileLists", "can_lay_out", "tile_lists"]
 
@@ -90,4 +90,5 @@ def _run(
             num_queries=num_queries, num_keys=num_keys, offset=offset, is_causal=is_causal,
             heads=heads,
             slots=num_slots(index, sample_index, band, tile_size, num_keys, is_causal),
+            whole=WHOLE_BLOCK,
         )  # fmt: skip

@@ -10,6 +10,8 @@ _BUILTINS = {
     "auto": ".samplers.auto:Auto",
     "centroid": ".samplers.centroid:Centroid",
     "importance": ".samplers.importance:Importance",
+    "kde": ".samplers.kde:Kde",
+    "leverage": ".samplers.leverage:Leverage",
     "row_norm": ".samplers.row_norm:RowNorm",
     "stratified": ".samplers.stratified:Stratified",
     "uniform": ".samplers.uniform:Uniform",

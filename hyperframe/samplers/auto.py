@@ -37,6 +37,7 @@ class Auto(AbstractSampler):
     """
 
     takes_stream: ClassVar[bool] = True
+    draws_keys: ClassVar[bool] = False
 
     longest: int = 16384
     metric: str = "query"

@@ -17,11 +17,11 @@ from ..randomness import check_generator, uniform, with_generator
 from ..rectangles import Places
 from ..samples import KeySample, SampleDraw
 from ..validation import check_inputs
+from .distinct import distinct_in_prefixes, distinct_places, distinct_sample
+from .independent import SMALLEST_SHARE, independent_in_prefixes, independent_sample
 from .places import rectangle_table, uniform_weight, whole_where_short
 
 __all__ = ["AbstractSampler"]
-
-_SMALLEST_SHARE = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,22 +36,30 @@ class AbstractSampler(AbstractComponent):
     densities below one hundredth of their mean count as that much; draws from a prefix mix in one
     hundredth of the uniform density instead. The estimator of any column sum is then unbiased.
 
+    A subclass with a field `replacement` draws no key twice where that is False, and weighs by
+    `1 / pi_j`, the inverse of the probability that a key is among the drawn ones: see `distinct`.
+
     Attributes:
         uses_queries: the density looks at queries; refused under `strict_causal=True`, where
             later queries must not move the draws of earlier rows.
         takes_stream: `generator` may be a `Stream`; see `AbstractDetector`. Of no concern to a
             sampler that has a density and draws as this class does.
+        draws_keys: what attention gets are keys; False where it gets groups of keys instead.
     """
 
     kind: ClassVar[str] = "sampler"
     uses_queries: ClassVar[bool] = False
     takes_stream: ClassVar[bool] = True
+    draws_keys: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """See to scale and source of draws where a subclass draws in a way of its own."""
         super().__init_subclass__(**kwargs)
-        if "density" in cls.__dict__:
-            setattr(cls, "density", _with_scale(cls.density))  # noqa: B010
+        for name in {"density", "prefix_density"} & cls.__dict__.keys():
+            setattr(cls, name, _with_scale(cls.__dict__[name]))
+        if "density" in cls.__dict__ and "prefix_density" not in cls.__dict__:
+            # what a parent says of prefixes is not this class's density
+            cls.prefix_density = AbstractSampler.prefix_density  # type: ignore[method-assign]
         for name in ("sample", "sample_prefixes", "sample_rectangles", "draws"):
             method = cls.__dict__.get(name)
             if method is not None:
@@ -78,14 +86,24 @@ class AbstractSampler(AbstractComponent):
         Returns:
             Not negative, finite, floating point `[batch, key_heads, n_k]`, or None for the
             uniform density. Entry `j` must not depend on keys or values after `j`, unless the
-            sampler has a `sample_prefixes` of its own that makes no use of it.
+            sampler has a `prefix_density` or a `sample_prefixes` of its own.
         """
+
+    def prefix_density(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *,
+        scale: float | None = None,
+    ) -> torch.Tensor | None:  # fmt: skip
+        """Return the density by which prefixes are sampled: `density`, unless it is overridden.
+
+        Entry `j` must not depend on keys or values after `j`.
+        """
+        return self.density(query, key, value, scale=scale)
 
     def sample(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, num_samples: int,
         generator: torch.Generator | None = None, scale: float | None = None,
     ) -> KeySample:  # fmt: skip
-        """Draw `num_samples` keys for every key head, with replacement.
+        """Draw `num_samples` keys for every key head.
 
         Args:
             query: as in `density`.
@@ -96,27 +114,28 @@ class AbstractSampler(AbstractComponent):
             scale: as in `density`.
 
         Returns:
-            `index` int64 and `log_weight` float32, both `[batch, key_heads, m]`.
+            `index` int64 and `log_weight` float32, both `[batch, key_heads, m]`. Without
+            replacement, of at most `m` keys each is taken once, and slots left over weigh nothing.
         """
         check_non_negative_int(self, "num_samples", num_samples)
         check_inputs(query, key, value)
         check_generator(generator)
         batch, heads, num_keys = key.shape[:3]
-        density = self._checked_density(query, key, value, scale)
+        density = self._checked_density(self.density, query, key, value, scale)
+        if density is not None:
+            floor = SMALLEST_SHARE * density.mean(dim=-1, keepdim=True)
+            density = torch.maximum(density, floor)
+            density = torch.where(density.amax(dim=-1, keepdim=True) > 0, density, 1.0)
+        if not self._may_repeat:
+            shape = (batch, heads, num_keys)
+            return distinct_sample(density, shape, num_samples, key.device, generator)
         draws = uniform((batch, heads, num_samples), key.device, generator)
         if density is None:
             # below num_keys: rounding never takes the product of a draw of 53 bits up to it
             index = (draws * num_keys).long()
             weight = uniform_weight(num_keys, num_samples, key.device)
             return KeySample(index=index, log_weight=weight.expand(index.shape))
-        density = torch.maximum(density, _SMALLEST_SHARE * density.mean(dim=-1, keepdim=True))
-        density = torch.where(density.amax(dim=-1, keepdim=True) > 0, density, 1.0)
-        cumulative = density.cumsum(dim=-1)
-        total = cumulative[..., -1:]
-        index = torch.searchsorted(cumulative, draws * total, right=True).clamp(max=num_keys - 1)
-        chosen = density.gather(-1, index)
-        log_weight = torch.log(total) - torch.log(chosen * max(1, num_samples))
-        return KeySample(index=index, log_weight=log_weight.float())
+        return independent_sample(density, draws)
 
     def sample_prefixes(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, num_samples: int,
@@ -147,37 +166,26 @@ class AbstractSampler(AbstractComponent):
         check_inputs(query, key, value)
         check_generator(generator)
         batch, heads, num_keys = key.shape[:3]
-        density = self._checked_density(query, key, value, scale)
+        density = self._checked_density(self.prefix_density, query, key, value, scale)
         shape = (batch, heads, len(prefixes), num_samples)
-        draws = uniform(shape, key.device, generator)
         length = prefixes.clamp(min=1, max=num_keys).unsqueeze(-1)  # [T, 1]
         if density is None:
-            index = torch.minimum((draws * length).long(), length - 1)
+            draws = uniform(shape, key.device, generator)
+            if self._may_repeat:
+                index = torch.minimum((draws * length).long(), length - 1)
+            else:
+                index = torch.minimum(distinct_places(draws, length), length - 1)
             log_weight = torch.log(length / max(1, num_samples)).expand(shape)
+            return whole_where_short(index, log_weight, prefixes, num_keys)
+        before = prefixes.new_full((1,), max(0, num_keys - query.shape[2]))
+        seen = torch.cat([before, prefixes[:-1]]).unsqueeze(-1).minimum(length)  # [T, 1]
+        if self._may_repeat:
+            draws = uniform(shape, key.device, generator)
+            sample = independent_in_prefixes(density, length, seen, draws)
         else:
-            before = prefixes.new_full((1,), max(0, num_keys - query.shape[2]))
-            seen = torch.cat([before, prefixes[:-1]]).unsqueeze(-1).minimum(length)  # [T, 1]
-            cumulative = density.cumsum(dim=-1)
-            total = cumulative[..., seen.squeeze(-1).clamp(min=1) - 1].unsqueeze(-1)  # [B, H, T, 1]
-            # [0, length) is cut into: seen keys by density | seen keys uniformly | unseen keys
-            place = draws * length
-            share = (total > 0).double() * (1 - _SMALLEST_SHARE) * seen
-            by_density = place < share
-            target = torch.where(by_density, place / share.clamp(min=1e-300) * total, 0.0)
-            index = torch.searchsorted(cumulative, target.flatten(2), right=True).view(shape)
-            uniformly = (place - share) / (seen - share).clamp(min=1e-300) * seen
-            index = torch.where(
-                by_density, index, torch.where(place < seen, uniformly, place).long()
-            )
-            is_seen = place < seen
-            index = torch.where(is_seen, torch.minimum(index, seen - 1), index)
-            index = torch.minimum(index, length - 1)
-            density_at = density.gather(-1, index.flatten(2)).view(shape)
-            # times length: how much likelier than uniform the key is drawn
-            gain = share * density_at / total.clamp(min=1e-300) + (seen - share) / seen.clamp(min=1)
-            gain = torch.where(index < seen, gain, 1.0)
-            log_weight = torch.log(length / max(1, num_samples)) - torch.log(gain)
-        return whole_where_short(index, log_weight, prefixes, num_keys)
+            start = uniform((*shape[:3], 1), key.device, generator)
+            sample = distinct_in_prefixes(density, length, seen, start, num_samples)
+        return whole_where_short(sample.index, sample.log_weight, prefixes, num_keys)
 
     def sample_rectangles(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, num_samples: int,
@@ -207,20 +215,29 @@ class AbstractSampler(AbstractComponent):
         own = (type(self).sample, type(self).draws)
         if own != (AbstractSampler.sample, AbstractSampler.draws):
             return None
-        if self._checked_density(query, key, value, scale) is not None:
+        if self._checked_density(self.density, query, key, value, scale) is not None:
             return None
         table = rectangle_table(rectangles, num_samples, key.device)
         shape = (*key.shape[:2], len(rectangles), num_samples)
-        index = (uniform(shape, key.device, generator) * table.length).long() + table.start
+        draws = uniform(shape, key.device, generator)
+        if self._may_repeat:
+            index = (draws * table.length).long() + table.start
+        else:
+            index = distinct_places(draws, table.length) + table.start
         if table.is_whole is not None and table.whole is not None:
             index = torch.where(table.is_whole, table.whole, index)
         return KeySample(index=index, log_weight=table.log_weight.expand(shape))
 
+    @property
+    def _may_repeat(self) -> bool:
+        return bool(getattr(self, "replacement", True))
+
     def _checked_density(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
-    ) -> torch.Tensor | None:
+        self, of: Callable[..., torch.Tensor | None], query: torch.Tensor, key: torch.Tensor,
+        value: torch.Tensor, scale: float | None,
+    ) -> torch.Tensor | None:  # fmt: skip
         with torch.no_grad():
-            density = self.density(query, key, value, scale=scale)
+            density = of(query, key, value, scale=scale)
         if density is None:
             return None
         if density.shape != key.shape[:3] or not density.is_floating_point():

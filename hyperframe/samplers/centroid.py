@@ -58,6 +58,7 @@ class Centroid(AbstractSampler):
     """
 
     takes_stream: ClassVar[bool] = True
+    draws_keys: ClassVar[bool] = False
 
     metric: str = "query"
     unit: int = 64

@@ -26,7 +26,8 @@ class Stratified(AbstractSampler):
     Run `s` of `n` keys holds the positions from `floor(s n / m)` up to `floor((s + 1) n / m)`; the
     lengths of two runs differ by one at most. A draw stands for the keys of its run: its weight is
     the run's length. Of at most `m` keys each is taken once with weight 1, and slots that are left
-    over weigh nothing (`-inf`).
+    over weigh nothing (`-inf`). Runs are disjoint, so no key is drawn twice: there is
+    no `replacement` to choose.
 
     A sum over the sample is unbiased for any function `f` of a key. Its variance is the sum over
     the runs of `length^2 var(f in the run)`; that of uniform draws is `n^2 / m var(f)`. So it is

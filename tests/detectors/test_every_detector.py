@@ -16,7 +16,16 @@ SPECS = {
     "bigbird": ("bigbird(block_size=6, window_blocks=2, num_random=1, num_global=7, seed=4)"),
     "block_list": "block_list(blocks=((0, 0), (2, 1)), block_size=9)",
     "butterfly": "butterfly(block_size=6)",
+    "count_sketch": (
+        "count_sketch(tau=3, positive_only=True, center=True, repetitions=5, width=4, keep=3, "
+        "search='sketch', max_keys_per_tile=6, tile_size=9, max_bytes=70000)"
+    ),
     "dilated": "dilated(width=6, dilation=3)",
+    "expander_sketch": (
+        "expander_sketch(tau=6, positive_only=True, center=True, search='sketch', "
+        "max_keys_per_tile=9, tile_size=16, max_bytes=99, repetitions=3, width=4, keep=5, "
+        "spectral=False)"
+    ),
     "heavy_columns": "heavy_columns(num_columns=6, num_queries=5, tile_size=9)",
     "kmeans": (
         "kmeans(tile_size=9, num_means=2, chunk_size=18, block_size=6, num_blocks=2, num_steps=3, "

@@ -16,7 +16,10 @@ from hyperframe.errors import ArgumentError, ArgumentTypeError
 from hyperframe.samplers.base import AbstractSampler
 from hyperframe.testing import dense_attention
 
-INDEPENDENT = ["uniform", "row_norm", "importance(tile_size=4, num_queries=5)"]
+INDEPENDENT = [
+    "uniform", "row_norm", "leverage", "importance(tile_size=4, num_queries=5)",
+    "kde(num_queries=5)",
+]  # fmt: skip
 NAMES = [*INDEPENDENT, "stratified", "centroid", "auto"]
 FALSE_ALARM = 1e-6
 
@@ -87,9 +90,9 @@ def test_without_a_generator_torchs_global_one_draws(name: str) -> None:
 def test_weights_are_the_inverse_of_the_frequencies(name: str) -> None:
     draws, args = 40_000, tensors()
     sample = samplers.create(name).sample(*args, num_samples=draws, generator=generator(2))
-    # the count of each key is binomial with p = 1 / (m weight), exactly; checks: 3 samplers,
+    # the count of each key is binomial with p = 1 / (m weight), exactly; checks: all samplers,
     # 4 heads, 30 keys, two-sided, together 1e-6
-    tail = FALSE_ALARM / (3 * 4 * 30 * 2)
+    tail = FALSE_ALARM / (len(INDEPENDENT) * 4 * 30 * 2)
     for index, log_weight in zip(
         sample.index.flatten(0, 1), sample.log_weight.flatten(0, 1), strict=True
     ):
@@ -120,7 +123,7 @@ def test_a_weighted_sum_over_the_sample_is_unbiased(name: str) -> None:
     total = f.sum(-1)
     # Bernstein: draws are independent in [0, b] with variance s^2, so that the mean is off by
     # more than sqrt(2 s^2 L / N) + b L / (3 N) with probability at most 2 exp(-L)
-    log_term = math.log(2 * 3 * 4 / FALSE_ALARM)  # two-sided, 3 samplers, 4 heads
+    log_term = math.log(2 * len(INDEPENDENT) * 4 / FALSE_ALARM)  # two-sided, 4 heads
     variance = (p_inverse * f.square()).sum(-1) - total.square()
     radius = (2 * variance * log_term / draws).sqrt()
     radius += (p_inverse * f).amax(-1) * log_term / (3 * draws)
@@ -179,8 +182,8 @@ def test_prefix_weights_are_the_inverse_of_the_frequencies(name: str, num_querie
         query, key, value, num_samples=draws, prefixes=prefixes, generator=generator(5)
     )
     trials = draws * copies
-    # as above; 3 samplers, 2 query lengths, 2 heads, at most 52 keys, two-sided
-    tail = FALSE_ALARM / (3 * 2 * 2 * 52 * 2)
+    # as above; all samplers, 2 query lengths, 2 heads, at most 52 keys, two-sided
+    tail = FALSE_ALARM / (len(INDEPENDENT) * 2 * 2 * 52 * 2)
     for head in range(2):
         for t, length in enumerate(prefixes.tolist()):
             index = sample.index[:, head, t].flatten()

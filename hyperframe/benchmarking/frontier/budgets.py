@@ -113,6 +113,8 @@ BUDGET_RULES: dict[str, Rule] = {
 LEFT_OUT = {
     "auto": "made of the others, with budgets of its own",
     "block_list": "a pattern of the user's own",
+    "count_sketch": "holds what is heavy by its definition, not a number of keys",
+    "expander_sketch": "holds what is heavy by its definition, not a number of keys",
     "oracle": "a yardstick, quadratic and with a list for every row",
     "union": "made of the others",
 }

@@ -6,8 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..ops.layout import WHOLE_BLOCK
-
 __all__ = ["triton_tile_lists"]
 
 _BLOCK = 256
@@ -111,9 +109,12 @@ def tile_lists_kernel(
 def triton_tile_lists(
     index: torch.Tensor, count: torch.Tensor, sample_index: torch.Tensor | None,
     sample_weight: torch.Tensor | None, band: list[int], *, tile_size: int, num_queries: int,
-    num_keys: int, offset: int, is_causal: bool, heads: int, slots: int,
+    num_keys: int, offset: int, is_causal: bool, heads: int, slots: int, whole: int,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """Do what `hyperframe.kernels.layout.tile_lists` says, with `slots` a list; no host sync."""
+    """Do what `hyperframe.kernels.layout.tile_lists` says, with `slots` a list; no host sync.
+
+    Used slots of a list are rounded up to a multiple of `whole`.
+    """
     index = index if index.stride(3) == 1 else index.contiguous()
     batch, list_heads, tiles, list_slots = index.shape
     count = count.expand(index.shape[:3])
@@ -131,7 +132,7 @@ def triton_tile_lists(
             heads // list_heads, heads // sample_index.shape[1], heads, batch, tiles, tile_size,
             num_queries, num_keys, offset, left, 0 if is_causal else right,
             min(num_sinks, num_keys) if left >= 0 else 0, list_slots, sample_index.shape[3], slots,
-            HAS_BAND=left >= 0, STEPS=list_slots.bit_length(), BLOCK=_BLOCK, WHOLE=WHOLE_BLOCK,
+            HAS_BAND=left >= 0, STEPS=list_slots.bit_length(), BLOCK=_BLOCK, WHOLE=whole,
             num_warps=4,
         )  # fmt: skip
     return keys, weights, *counts.unbind()

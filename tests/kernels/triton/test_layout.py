@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hyperframe import builder
 from hyperframe.builder import build_plans
 from hyperframe.kernels.layout import TileLists
-from hyperframe.kernels.ops.layout import num_slots
+from hyperframe.kernels.ops.layout import WHOLE_BLOCK, num_slots
 from hyperframe.masks import BandMask, HeavyMask, ListMask
 from hyperframe.samplers.uniform import Uniform
 from hyperframe.samples import KeySample, SampleDraw
@@ -48,8 +48,9 @@ def lists(
     )  # fmt: skip
 
 
-def both(mask: HeavyMask, sample: KeySample | None) -> tuple[Any, Any]:
-    """The plan that sorts and scatters make, and the one of the kernel."""
+def both(mask: HeavyMask, sample: KeySample | None) -> tuple[Any, Any, bool]:
+    """The plan that sorts and scatters make, the one of the kernel, and whether it was launched."""
+    launches = []
     draw: SampleDraw | None = None if sample is None else (lambda prefixes: sample)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder, "can_lay_out", lambda device: False)
@@ -64,11 +65,14 @@ def both(mask: HeavyMask, sample: KeySample | None) -> tuple[Any, Any]:
                 tensors[0], tensors[2], bounds, rest["tile_size"], rest["num_keys"],
                 rest["is_causal"],
             )  # fmt: skip
-            return TileLists(*triton_tile_lists(*tensors, bounds, **rest, slots=slots))
+            launches.append(slots)
+            return TileLists(
+                *triton_tile_lists(*tensors, bounds, **rest, slots=slots, whole=WHOLE_BLOCK)
+            )
 
         patch.setattr(builder, "tile_lists", launched)
         (found,) = build_plans(mask, key_heads=2, draw=draw)
-    return found, expected
+    return found, expected, bool(launches)
 
 
 @given(
@@ -106,9 +110,20 @@ def test_the_launch_makes_the_plan_of_the_builder(
         ends = (torch.arange(-(-num_queries // tile)) + 1) * tile + num_keys - num_queries
         drawn = draw(ends.clamp(0, num_keys) if is_causal else None)
         sample = KeySample(index=drawn.index.to(DEVICE), log_weight=drawn.log_weight.to(DEVICE))
-    found, expected = both(mask, sample)
+    found, expected, is_laid_out = both(mask, sample)
     assert found.disjoint
     found.validate()
     for part in ("heavy", "sampled"):
         torch.testing.assert_close(found.to_dense(part=part), expected.to_dense(part=part))
-    assert bool((found.key_count <= expected.key_count).all())  # lists are joined without repeats
+    if not is_laid_out:
+        return  # tiles that share one list
+    # lists are joined without repeats, and end with a whole block
+    slots = torch.arange(found.key_index.shape[-1], device=DEVICE)
+    assert found.log_weight is not None
+    counts = (slots < found.key_count.unsqueeze(-1)) & (found.log_weight > float("-inf"))
+    assert bool((counts.sum(dim=-1) <= expected.key_count).all())
+    assert bool((found.key_count % WHOLE_BLOCK == 0).all())
+    if bool((found.key_count > 0).any()):  # an unused slot names a key of its own list
+        spare = found.key_index.gather(-1, (found.key_count - 1).clamp(min=0).long().unsqueeze(-1))
+        own = (found.key_index == spare) & (found.log_weight > float("-inf"))
+        assert bool((own.any(dim=-1) | (found.key_count == 0)).all())
