@@ -66,8 +66,9 @@ def tile_voters(
     length = query.shape[2]
     num_tiles = -(-length // tile_size)
     tile = torch.arange(num_tiles, device=query.device)
-    padded = torch.nn.functional.pad(query, (0, 0, 0, num_tiles * tile_size - length))
-    tiles = padded.unflatten(2, (num_tiles, tile_size))
+    if length % tile_size != 0:  # padding by nothing would copy
+        query = torch.nn.functional.pad(query, (0, 0, 0, num_tiles * tile_size - length))
+    tiles = query.unflatten(2, (num_tiles, tile_size))
     if not strict:
         rows = (length - tile * tile_size).clamp(max=tile_size)
         means = pooled_queries(tiles, rows, num_means)

@@ -172,10 +172,11 @@ class AbstractSampler(AbstractComponent):
         if density is None:
             draws = uniform(shape, key.device, generator)
             if self._may_repeat:
-                index = torch.minimum((draws * length).long(), length - 1)
+                # below the length: rounding never takes the product of 53 bits up to it
+                index = (draws * length).long()
             else:
                 index = torch.minimum(distinct_places(draws, length), length - 1)
-            log_weight = torch.log(length / max(1, num_samples)).expand(shape)
+            log_weight = torch.log(length / max(1, num_samples))
             return whole_where_short(index, log_weight, prefixes, num_keys)
         before = prefixes.new_full((1,), max(0, num_keys - query.shape[2]))
         seen = torch.cat([before, prefixes[:-1]]).unsqueeze(-1).minimum(length)  # [T, 1]

@@ -17,14 +17,17 @@ __all__ = ["RectangleTable", "rectangle_table", "uniform_weight", "whole_where_s
 def whole_where_short(
     index: torch.Tensor, log_weight: torch.Tensor, prefixes: torch.Tensor, num_keys: int
 ) -> KeySample:
-    """Return samples `[batch, key_heads, tiles, m]`, prefixes of at most `m` keys taken whole."""
+    """Return samples `[batch, key_heads, tiles, m]`, prefixes of at most `m` keys taken whole.
+
+    `log_weight` may lack leading dimensions and have one sample, where those do not matter to it.
+    """
     num_samples = index.shape[-1]
     slot = torch.arange(num_samples, device=index.device)
     is_whole = prefixes.unsqueeze(-1) <= num_samples
     whole_weight = torch.where(slot < prefixes.unsqueeze(-1), 0.0, float("-inf"))
-    index = torch.where(is_whole, slot.clamp(max=num_keys - 1), index)
     log_weight = torch.where(is_whole, whole_weight, log_weight.float())
-    return KeySample(index=index, log_weight=log_weight)
+    index = torch.where(is_whole, slot.clamp(max=num_keys - 1), index)
+    return KeySample(index=index, log_weight=log_weight.expand(index.shape))
 
 
 class RectangleTable(NamedTuple):

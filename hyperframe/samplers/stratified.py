@@ -86,7 +86,7 @@ class Stratified(AbstractSampler):
         edge = slot * length // max(1, num_samples)  # [T, m + 1]
         size = edge.diff(dim=-1)
         index = edge[:, :-1] + (draws * size).long()
-        return whole_where_short(index, torch.log(size).expand(draws.shape), prefixes, num_keys)
+        return whole_where_short(index, torch.log(size), prefixes, num_keys)
 
     def sample_rectangles(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, num_samples: int,

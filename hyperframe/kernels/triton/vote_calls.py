@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .arguments import is_wide
-from .configs import padded, power_of_two
+from .configs import is_interpreted, padded, power_of_two
 from .votes import combine_kernel, listed_kernel, normalisers_kernel, votes_kernel
 
 __all__ = ["Voting", "supports", "triton_column_votes"]
@@ -174,7 +174,10 @@ class Voting:
         """Return the arguments of every kernel."""
         key, dim = self.key, self.key.shape[-1]
         is_narrow = key.element_size() == 4 or dim > 128
+        # one more program on a multiprocessor, for nothing spilled
+        few = {"maxnreg": 128} if key.element_size() == 2 and dim <= 64 else {}
         return {
+            **({} if is_interpreted() else few),
             "voter_ptr": self.voters, "k_ptr": key, "k_batch": key.stride(0),
             "k_head": key.stride(1), "k_row": key.stride(2),
             "bias_ptr": self._or_key(self.bias), "begin_ptr": self.begin, "stop_ptr": self.stop,
