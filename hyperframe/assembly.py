@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from .builder import POSITION_TILE, tile_ends
+from .positional import POSITION_TILE, tile_ends
 from .errors import UnsupportedError
 from .masks import HeavyMask
 from .plan import TilePlan

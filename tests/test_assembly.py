@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperframe import HyperAttention, hyper_attention, kernels
-from hyperframe.builder import POSITION_TILE
+from hyperframe.positional import POSITION_TILE
 from hyperframe.detectors import create
 from hyperframe.errors import ArgumentError, UnsupportedError
 from hyperframe.samplers import Uniform

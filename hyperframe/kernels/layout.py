@@ -1,7 +1,7 @@
 """The lists of a plan laid out by position, from its parts: one launch on a GPU.
 
 The builder does the same with sorts and scatters of whole lists, on any device
-(`hyperframe.builder`); at n = 131,072 that takes longer than attending does.
+(`hyperframe.positional`); at n = 131,072 that takes longer than attending does.
 """
 
 from __future__ import annotations

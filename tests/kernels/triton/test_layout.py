@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyperframe import builder
+from hyperframe import positional
 from hyperframe.builder import build_plans
 from hyperframe.kernels.layout import TileLists
 from hyperframe.kernels.ops.layout import WHOLE_BLOCK, num_slots
@@ -53,9 +53,9 @@ def both(mask: HeavyMask, sample: KeySample | None) -> tuple[Any, Any, bool]:
     launches = []
     draw: SampleDraw | None = None if sample is None else (lambda prefixes: sample)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builder, "can_lay_out", lambda device: False)
+        patch.setattr(positional, "can_lay_out", lambda device: False)
         (expected,) = build_plans(mask, key_heads=2, draw=draw)
-        patch.setattr(builder, "can_lay_out", lambda device: True)
+        patch.setattr(positional, "can_lay_out", lambda device: True)
 
         def launched(
             *tensors: torch.Tensor, band: tuple[int, int, int] | None, **rest: Any
@@ -70,7 +70,7 @@ def both(mask: HeavyMask, sample: KeySample | None) -> tuple[Any, Any, bool]:
                 *triton_tile_lists(*tensors, bounds, **rest, slots=slots, whole=WHOLE_BLOCK)
             )
 
-        patch.setattr(builder, "tile_lists", launched)
+        patch.setattr(positional, "tile_lists", launched)
         (found,) = build_plans(mask, key_heads=2, draw=draw)
     return found, expected, bool(launches)
 
