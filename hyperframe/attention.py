@@ -50,7 +50,8 @@ class HyperAttention:
             columns of its own beside the exact heavy entries, and S are `num_samples` columns that
             the sampler draws from all of them, so that heavy entries are sampled in the output like
             all others (see `hyperframe.assembly`). Its error is that of Lemma 2; no detector makes
-            it smaller.
+            it smaller. With the estimator `approx_d(cap_attention=True)`, `D~` has the caps of
+            Algorithm 2 as well as its floors.
         num_samples: sampled keys or groups for a row (in the recursion: of each rectangle); 0
             drops everything that is not heavy. Where no more keys than this exist, all of them
             are taken once.
