@@ -71,10 +71,10 @@ def load_model() -> Any:
     return model
 
 
-def heads_of(model: Any, photograph: str) -> dict[int, list[torch.Tensor]]:
-    """Return queries, keys and values `[1, 6, 3137, 64]` of some layers."""
+def heads_of(model: Any, photograph: str, side: int = 784) -> dict[int, list[torch.Tensor]]:
+    """Return queries, keys and values `[1, 6, 1 + (side / 14)^2, 64]` of some layers."""
     pixels = torch.from_numpy(load_sample_image(photograph).copy()).permute(2, 0, 1)[None] / 255
-    pixels = interpolate(pixels[:, :, :427, :427], (784, 784), mode="bicubic")
+    pixels = interpolate(pixels[:, :, :427, :427], (side, side), mode="bicubic")
     mean, spread = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     pixels = (pixels - mean.view(1, 3, 1, 1)) / spread.view(1, 3, 1, 1)
     found: dict[int, list[torch.Tensor]] = {layer: [] for layer in LAYERS}

@@ -1,4 +1,4 @@
-"""How many samples the paper's lemmas ask for."""
+"""How many samples Lemmas 1 and 2 ask for: an order of growth, and a proven number."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ def sample_size(
     alpha: float | torch.Tensor, kappa: float | torch.Tensor, epsilon: float, n: int, *,
     constant: float = 1.0,
 ) -> torch.Tensor:  # fmt: skip
-    """Return the columns that ApproxD needs: `m = constant kappa^7 alpha^2 log(n) / epsilon^6`.
+    """Return how the columns for ApproxD grow: `constant kappa^7 alpha^2 log(n) / epsilon^6`.
 
-    With so many, Lemma 1 promises `||(D~^-1 - D^-1) A||_op <= epsilon / 2 ||D^-1 A||_op` with
-    probability `1 - 1 / poly(n)`. It states an order of growth, not a number: its proof's constant
-    is not given, and the powers are far from tight. Read it to compare heads and lengths; where
-    m is above n, the lemma promises nothing that exact row sums don't.
+    With enough columns, `||(D~^-1 - D^-1) A||_op <= epsilon / 2 ||D^-1 A||_op` with probability
+    `1 - 1 / poly(n)`. The form is that of Lemma 1; its powers are given as this project knows them,
+    not as a quotation, and no constant is known to go with them. What is proven here (Proposition
+    1 of docs/theory.md) is the order `max(kappa^5 alpha^2 / epsilon^6, kappa^8 alpha / epsilon^4)
+    log n`, no more than this one where `kappa epsilon^2 <= alpha`, with a constant above a million.
+    So read it to compare heads and lengths, not as a number of columns to take; where m is above n
+    it says nothing that exact row sums don't.
 
     Args:
         alpha: of `alpha`, at least 0; a number or a tensor.
@@ -35,7 +38,7 @@ def sample_size(
     Raises:
         ArgumentError: an alpha below 0, a kappa below 1, an epsilon out of range.
 
-    Source: HyperAttention, Lemma 1, `m = Omega(kappa^7 alpha^2 / epsilon^6 log n)`.
+    Source: HyperAttention, Lemma 1, in content; the powers are not quoted.
 
     Example:
         >>> sample_size(1.0, 1.0, 0.5, 8192).item(), sample_size(8.2, 2.0, 0.5, 3136).item()
@@ -71,7 +74,7 @@ def value_sample_size(
         stable_rank: of the softmax matrix `P`, from `softmax_stable_rank`; a number or a tensor.
         head_dim: columns of V.
         epsilon: the error, above 0 and up to 1.
-        failure: probability of a larger error; the paper's is 0.01.
+        failure: probability of a larger error.
 
     Returns:
         float64, whole numbers of at least 1, in the shape of `stable_rank`.
@@ -79,7 +82,8 @@ def value_sample_size(
     Raises:
         ArgumentError: a stable rank below 0; an epsilon or failure out of range.
 
-    Source: HyperAttention, Lemma 2, `m = Omega(epsilon^-2 d srank(D^-1 A))`, probability 0.99.
+    Source: HyperAttention, Lemma 2, in content: `m` in proportion to `d srank(D^-1 A) / epsilon^2`.
+    The bound above, with its constant, is ours.
 
     Example:
         >>> value_sample_size(2.0, 64, 0.5).item()

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperframe import HyperAttention
-from hyperframe.builder import tile_ends
 from hyperframe.detectors import create as create_detector
 from hyperframe.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from hyperframe.estimators import create, to_spec
 from hyperframe.estimators.approx_d import ApproxD
 from hyperframe.estimators.uniform import Uniform
 from hyperframe.masks import HeavyMask, ListMask
+from hyperframe.positional import tile_ends
 from hyperframe.samplers.uniform import Uniform as UniformSampler
 from hyperframe.testing import causal_mask, dense_attention, masked_attention
 from hyperframe.testing.strategies import AttentionInputs, attention_inputs, masks
