@@ -1,7 +1,7 @@
-"""Queries, keys and values of real attention heads, for `hyperframe frontier`.
+"""Queries, keys and values of real attention heads, for `hyperframe frontier` and `report`.
 
 SmolLM2-135M-Instruct reads the texts of `examples/demo.py`; the inputs of a few of its 30 layers
-are written to a file.
+are written to a file. `hyperframe capture` does the same for a model of your own.
 
     python benchmarks/heads.py --text prose --out heads-prose.safetensors
     python benchmarks/heads.py --text code --out heads-code.safetensors
@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from demo import load_model, read_text
+from demo import model_file, read_text
 
-from hyperframe.integrations.capture import capture, save
+from hyperframe.integrations.capture import save
+from hyperframe.integrations.capture_model import capture_model
 
 
 def main() -> None:
@@ -30,13 +30,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
-    warnings.filterwarnings("ignore", module="gguf")
-    model, tokenizer = load_model()
-    tokens = tokenizer(read_text(options.text), return_tensors="pt").input_ids
-    if tokens.shape[1] < options.length:
-        parser.error(f"the text has {tokens.shape[1]} tokens, fewer than {options.length}")
-    heads = capture(model, options.layers, input_ids=tokens[:, : options.length])
-    save(options.out, heads)
+    file = model_file()
+    heads, about = capture_model(
+        str(file.parent), gguf=file.name, text=read_text(options.text), layers=options.layers,
+        length=options.length,
+    )  # fmt: skip
+    # the name and not the folder, which is another one elsewhere
+    save(options.out, heads, about=about | {"model": "SmolLM2-135M-Instruct"})
     for layer, of_layer in heads.items():
         shape, key_shape = tuple(of_layer.query.shape), tuple(of_layer.key.shape)
         print(f"layer {layer}: query {shape}, key and value {key_shape}")

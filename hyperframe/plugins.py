@@ -22,13 +22,17 @@ import dataclasses
 import importlib
 import importlib.metadata
 import inspect
+import weakref
 from typing import Any
 
 from .component import AbstractComponent
 from .errors import ArgumentError, ArgumentTypeError, PluginError
 from .spec import is_spec_name
 
-__all__ = ["Plugin", "check_component_class", "read_plugins"]
+__all__ = ["Plugin", "check_component_class", "offered_by", "read_plugins"]
+
+# of the classes that were loaded from entry points, who offers them
+_OFFERED: weakref.WeakKeyDictionary[type[Any], str] = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass
@@ -79,6 +83,7 @@ class Plugin:
                 f"{self.owner} cannot be loaded: {self.reason.rstrip('.')}. Repair or uninstall "
                 f"{self.distribution}; everything else keeps working."
             ) from error
+        _OFFERED[found] = self.owner
         self.loaded, self.reason = found, ""
         return self.loaded
 
@@ -135,6 +140,14 @@ def _header(entry: importlib.metadata.EntryPoint, key: str) -> str | None:
     return about[key] if about is not None and key in about else None
 
 
+def offered_by(cls: type[Any]) -> str:
+    """Return " of DISTRIBUTION VERSION (entry point ...)" for a plug-in's class, else nothing.
+
+    For messages about a component that misbehaves: it is not this library to be repaired.
+    """
+    return f" of {_OFFERED[cls]}" if cls in _OFFERED else ""
+
+
 def check_component_class(found: object, base: type[Any]) -> None:
     """Refuses whatever cannot serve as a component class.
 
@@ -144,8 +157,8 @@ def check_component_class(found: object, base: type[Any]) -> None:
 
     Raises:
         ArgumentTypeError: no concrete subclass of the base.
-        ArgumentError: a subclass that is not a frozen dataclass of its own, or has a field with a
-            reserved name.
+        ArgumentError: a subclass that is not a frozen dataclass of its own, has a field with a
+            reserved name, or takes parameters without a name.
     """
     if not isinstance(found, type):
         raise ArgumentTypeError(
@@ -171,3 +184,11 @@ def check_component_class(found: object, base: type[Any]) -> None:
             f"{found.__qualname__} has a parameter called {min(reserved)!r}, which every component "
             f"has with a meaning of its own; choose another word."
         )
+    for parameter in inspect.signature(found).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else "**"
+            raise ArgumentError(
+                f"{found.__qualname__} takes {stars}{parameter.name}, so that a misspelt parameter "
+                f"would pass for one; make every parameter a field of the dataclass, and leave "
+                f"out __init__."
+            )

@@ -229,6 +229,11 @@ class Registry(Generic[_Base]):
                 about = (plugin.target, plugin.distribution, plugin.version, reason)
                 yield RegistryEntry(name, self.kind, "plugin", status, *about)
 
+    def owners(self, name: str) -> list[str]:
+        """Who has a name already, in words, plug-ins included; nothing is imported."""
+        own = [owner] if (owner := self._owner(name)) else []
+        return own + [plugin.owner for plugin in self._read().get(name, [])]
+
     # -- changing -----------------------------------------------------------------------------
 
     @overload

@@ -3,6 +3,10 @@
 hyperframe doctor     # what is installed, and how to repair it; needs no other package
 hyperframe bench      # times and errors beside the exact kernels; needs the extra `cli`
 hyperframe frontier   # detectors x budgets on captured heads; needs the extra `cli`
+hyperframe capture    # the heads of a model, into a file; needs the extras `cli` and `hf`
+hyperframe report     # pictures of what approximations do to them; needs `cli`, `hf`, `plot`
+hyperframe components # what is registered, plug-ins included; needs the extra `cli`
+hyperframe new        # writes a package with a component of one's own; needs the extra `cli`
 """
 
 from __future__ import annotations
@@ -13,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ._doctor import EXIT_CODES, examine, print_json, print_text
+
+_FORWARDED = ("bench", "frontier", "capture", "report", "components", "new")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         For `doctor`: 0 healthy, 1 clash found, 2 broken. For the others: see `hyperframe.cli`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] in (["bench"], ["frontier"]):
+    if arguments[:1] and arguments[0] in _FORWARDED:
         return _forward(arguments)
     is_script = Path(sys.argv[0]).stem == "hyperframe"
     parser = argparse.ArgumentParser(
@@ -49,6 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "frontier", add_help=False,
         help="measure error against cost of every detector on captured heads",
     )  # fmt: skip
+    commands.add_parser(
+        "capture", add_help=False, help="write queries, keys and values of a model to a file"
+    )
+    commands.add_parser(
+        "report", add_help=False, help="draw masks, alpha and errors of captured heads"
+    )
+    commands.add_parser(
+        "components", add_help=False, help="list what is registered, plug-ins included"
+    )
+    commands.add_parser(
+        "new", add_help=False, help="write a package with a detector, sampler or estimator"
+    )
     options = parser.parse_args(arguments)
 
     report = examine()

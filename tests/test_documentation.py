@@ -6,6 +6,8 @@ import doctest
 import importlib
 import pkgutil
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,27 @@ def test_code_blocks_of_the_readme_run_in_order(capsys: pytest.CaptureFixture[st
     # what the text around the block says: columns are found, angles find nothing
     assert len(errors) == 2
     assert errors[0] < 0.3 < 0.8 < errors[1]
+
+
+def test_code_blocks_of_write_a_detector_run_and_print_what_they_say(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hyperframe import detectors
+
+    page = (ROOT / "docs" / "write-a-detector.md").read_text(encoding="utf-8")
+    # a block, and what is indented right behind it: what it prints
+    blocks = re.findall(r"```python\n(.*?)```\n\n((?:    [^\n]*\n)*)", page, flags=re.DOTALL)
+    assert len(blocks) == page.count("```python") > 4
+    # a module that can be found, as copies of its classes must find it
+    module = types.ModuleType("write_a_detector")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    try:
+        for number, (block, printed) in enumerate(blocks):
+            exec(compile(block, f"write-a-detector.md, block {number}", "exec"), vars(module))
+            assert capsys.readouterr().out == re.sub("^    ", "", printed, flags=re.MULTILINE)
+    finally:
+        if "peaks" in detectors.names():
+            detectors.registry.unregister("peaks")
 
 
 def test_make_targets_of_the_readme_exist() -> None:

@@ -352,6 +352,16 @@ class Reserved(Alpha):
     name: str = "x"  # type: ignore[misc]
 
 
+@dataclass(frozen=True, kw_only=True, init=False)
+class Starred(Alpha):
+    def __init__(self, *sizes: int) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True, init=False)
+class Gathering(Alpha):
+    def __init__(self, size: int = 4, **rest: Any) -> None: ...
+
+
 @pytest.mark.parametrize(
     "cls,error,text",
     [
@@ -361,6 +371,8 @@ class Reserved(Alpha):
         (AbstractToy, ArgumentTypeError, "AbstractToy is abstract: it lacks find"),
         (Undecorated, ArgumentError, r"Undecorated is not a frozen dataclass; decorate it with"),
         (Reserved, ArgumentError, "has a parameter called 'name'"),
+        (Starred, ArgumentError, r"Starred takes \*sizes, so that a misspelt parameter"),
+        (Gathering, ArgumentError, r"Gathering takes \*\*rest, so .*leave out __init__"),
     ],
 )
 def test_a_class_that_cannot_serve_is_refused(
@@ -377,6 +389,21 @@ def test_a_name_that_no_spec_could_hold_is_refused(
 ) -> None:
     with pytest.raises(ArgumentError, match="a spec string could not hold it"):
         registry.register(name, Alpha)
+
+
+def test_the_owners_of_a_name_are_known_without_importing_them(
+    registry: Registry[AbstractToy], install: Install
+) -> None:
+    assert registry.owners("gamma") == []
+    assert registry.owners("alpha") == [f"the built-in detector {HERE}Alpha"]
+    assert registry.owners("first") == ["the built-in detector 'alpha', as its alias"]
+    install("rival-dist", "alpha", "rival_module:Rival", CLASS_SOURCE)
+    registry.refresh()
+    rival = "rival-dist 1.5 (entry point alpha = rival_module:Rival)"
+    assert registry.owners("alpha") == [f"the built-in detector {HERE}Alpha", rival]
+    assert "rival_module" not in sys.modules
+    registry.register("gamma", Alpha)
+    assert registry.owners("gamma") == [f"{HERE}Alpha (registered in this process)"]
 
 
 # -- lazy imports ---------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The command line: `hyperframe bench`, `hyperframe frontier`, or `python -m hyperframe_attention`.
+"""The command line: `hyperframe bench` and others, or `python -m hyperframe_attention`.
 
 Needs typer and rich (the extra `cli`), which are imported when a command is given.
 """

@@ -29,8 +29,16 @@ from ..benchmarking import (
 from ..component import check_choice
 from ..errors import ArgumentError, HyperframeError
 from . import EXIT_CODES
+from .capture import EXAMPLES as CAPTURE_EXAMPLES
+from .capture import capture
+from .components import EXAMPLES as COMPONENTS_EXAMPLES
+from .components import components
 from .frontier import frontier
+from .new import EXAMPLES as NEW_EXAMPLES
+from .new import new
 from .parsing import device_of, integers
+from .report import EXAMPLES as REPORT_EXAMPLES
+from .report import report
 
 __all__ = ["app", "run"]
 
@@ -163,6 +171,10 @@ def _method(
 
 
 app.command(epilog=f"Exit codes: {_CODES}.")(frontier)
+app.command(epilog=f"{COMPONENTS_EXAMPLES}\n\nExit codes: {_CODES}.")(components)
+app.command(epilog=f"{NEW_EXAMPLES}\n\nExit codes: {_CODES}.")(new)
+app.command(epilog=f"{CAPTURE_EXAMPLES}\n\nExit codes: {_CODES}.")(capture)
+app.command(epilog=f"{REPORT_EXAMPLES}\n\nExit codes: {_CODES}.")(report)
 
 
 def run(arguments: list[str] | None) -> int:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from .parsing import device_of, integers
-
-if TYPE_CHECKING:
-    from ..benchmarking.frontier.run import Progress
+from .progress import shown_progress
 
 __all__ = ["INTERRUPTED", "frontier"]
 
@@ -87,7 +84,7 @@ def frontier(
     rows: list[dict[str, Any]] = []
     is_whole = False
     with contextlib.suppress(KeyboardInterrupt):
-        with _progress(is_shown=sys.stderr.isatty()) as progress:
+        with shown_progress(is_shown=sys.stderr.isatty()) as progress:
             for row in library.run(settings, out=out, progress=progress):
                 rows.append(row)  # noqa: PERF402 - what is there when Ctrl-C comes stays
         is_whole = True
@@ -100,21 +97,3 @@ def frontier(
     if not is_whole:
         typer.echo(f"interrupted after {len(rows)} rows", err=True)
         raise typer.Exit(INTERRUPTED)
-
-
-@contextlib.contextmanager
-def _progress(*, is_shown: bool) -> Iterator[Progress]:
-    """Show a bar on stderr, with what is being measured."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (
-        BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("{task.description}", markup=False),
-    )  # fmt: skip
-    with Bar(*columns, console=Console(stderr=True), disable=not is_shown) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total, what: bar.update(
-            task, completed=done, total=total, description=what
-        )

@@ -14,6 +14,7 @@ import torch
 from ..component import AbstractComponent
 from ..errors import ArgumentError, UnsupportedError
 from ..masks import BlockMask, HeavyMask, check_mask_type
+from ..plugins import offered_by
 from ..randomness import check_generator, with_generator
 from ..rectangles import Level, level_rectangles
 from ..validation import check_inputs, check_scale
@@ -80,7 +81,9 @@ def _check_answer(
     is_causal: bool,
 ) -> None:  # fmt: skip
     """Check that a mask answers what a detector was asked."""
-    check_mask_type(f"the detector {detector.name} returned its mask", mask)
+    given: Any = mask
+    if not isinstance(given, HeavyMask):
+        check_mask_type(f"the detector {_who(detector)} returned its mask", given)
     expected = {
         "batch_size": query.shape[0], "num_query_heads": query.shape[1],
         "num_queries": query.shape[2], "num_keys": key.shape[2], "is_causal": is_causal,
@@ -88,13 +91,18 @@ def _check_answer(
     for field, value in expected.items():
         if getattr(mask, field) != value:
             raise ArgumentError(
-                f"the detector {detector.name} returned a mask with {field}="
+                f"the detector {_who(detector)} returned a mask with {field}="
                 f"{getattr(mask, field)!r}, but it was asked with {field}={value!r}; hand the "
                 "sizes of query and key, and is_causal, on to the mask"
             )
     # elsewhere a look at the values would make the call wait, or break the graph
     if mask.device.type == "cpu" and not torch.compiler.is_compiling():
         mask.validate()
+
+
+def _who(detector: AbstractDetector) -> str:
+    """Its name, and that of the distribution it comes from if it is a plug-in."""
+    return f"{detector.name}{offered_by(type(detector))}"
 
 
 def default_scale(query: torch.Tensor, scale: float | None) -> float:
@@ -133,6 +141,12 @@ class AbstractDetector(AbstractComponent):
         residual: the sampler that `sampler="auto"` takes beside this detector.
         break_even: keys up to which exact attention is faster, where this was measured for the
             detector: like `hyperframe.pipeline.BREAK_EVEN`, whose numbers hold for the others.
+        row_budget: the parameter, a number or a fraction of the keys, that bounds how many keys a
+            row holds without a causal mask; None where nothing does.
+        finds: what of heavy entries is always found where the budget allows: "columns" (one key of
+            all rows), "diagonals" (keys at one distance before the rows of a causal call),
+            "entries" (any single ones), "neighbours" (keys at a small angle, most of them). The
+            conformance suite plants what is named here.
     """
 
     kind: ClassVar[str] = "detector"
@@ -156,6 +170,8 @@ class AbstractDetector(AbstractComponent):
     is_row_local: ClassVar[bool] = False
     takes_stream: ClassVar[bool] = False
     residual: ClassVar[str] = "uniform"
+    row_budget: ClassVar[str | None] = None
+    finds: ClassVar[tuple[str, ...]] = ()
     break_even: ClassVar[Mapping[tuple[str, str, bool], int]] = MappingProxyType({})
 
     @abstractmethod

@@ -148,7 +148,7 @@ class BlockList(AbstractDetector):
             if row < num_tiles and column < num_key_blocks:
                 for head in [pair[0]] if len(pair) == 3 else range(list_heads):
                     lists[head][row].add(column)
-        longest = max((len(found) for rows in lists for found in rows), default=0)
+        longest = max([0, *(len(found) for rows in lists for found in rows)])
         table = torch.tensor(
             [[sorted(found) + [-1] * (longest - len(found)) for found in rows] for rows in lists],
             dtype=torch.int64,

@@ -90,6 +90,8 @@ class HeavyColumns(AbstractDetector):
     """
 
     takes_stream: ClassVar[bool] = True
+    row_budget: ClassVar[str | None] = "num_columns"
+    finds: ClassVar[tuple[str, ...]] = ("columns",)
 
     num_columns: int | float = 256
     num_queries: int = 64

@@ -77,6 +77,8 @@ class LSHTopK(AbstractDetector):
 
     registry_name: ClassVar[str | None] = "lsh_topk"
     takes_stream: ClassVar[bool] = True
+    row_budget: ClassVar[str | None] = "num_keys"
+    finds: ClassVar[tuple[str, ...]] = ("neighbours",)
 
     num_rounds: int = 4
     keep: int = 2

@@ -37,6 +37,8 @@ class Oracle(AbstractDetector):
 
     is_row_local: ClassVar[bool] = True
     takes_stream: ClassVar[bool] = True
+    row_budget: ClassVar[str | None] = "budget"
+    finds: ClassVar[tuple[str, ...]] = ("columns", "diagonals", "entries", "neighbours")
 
     budget: int | float = 256
 

@@ -73,6 +73,7 @@ class SortLSH(AbstractDetector):
     """
 
     takes_stream: ClassVar[bool] = True
+    finds: ClassVar[tuple[str, ...]] = ("neighbours",)
 
     block_size: int = 256
     num_projections: int = 7

@@ -52,6 +52,7 @@ class Strided(AbstractDetector):
     is_positional: ClassVar[bool] = True
     is_row_local: ClassVar[bool] = True
     takes_stream: ClassVar[bool] = True
+    row_budget: ClassVar[str | None] = "num_keys"
 
     num_keys: int = 256
 

@@ -71,6 +71,7 @@ class VerticalSlash(AbstractDetector):
     """
 
     takes_stream: ClassVar[bool] = True
+    finds: ClassVar[tuple[str, ...]] = ("columns", "diagonals")
 
     num_columns: int | float = 192
     num_diagonals: int = 64

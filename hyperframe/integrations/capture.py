@@ -28,7 +28,7 @@ from ..validation import check_inputs
 from ._exact import exact_attention
 from .transformers import AttentionCall, apply
 
-__all__ = ["CapturedHeads", "capture", "load", "save"]
+__all__ = ["CapturedHeads", "capture", "load", "load_about", "save"]
 
 _FORMAT = "hyperframe heads 1"
 _TENSORS = ("query", "key", "value")
@@ -123,12 +123,15 @@ def capture(
     return kept
 
 
-def save(path: Path | str, heads: Mapping[int, CapturedHeads]) -> None:
+def save(
+    path: Path | str, heads: Mapping[int, CapturedHeads], *, about: Mapping[str, Any] | None = None
+) -> None:
     """Write captured heads to a safetensors file.
 
     Args:
         path: the file; overwritten.
         heads: as `capture` returns them.
+        about: what they are, in values of JSON; `load_about` reads it.
     """
     from safetensors.torch import save_file
 
@@ -137,11 +140,27 @@ def save(path: Path | str, heads: Mapping[int, CapturedHeads]) -> None:
         for layer, of_layer in heads.items()
         for name in _TENSORS
     }
-    about = {
+    options = {
         str(layer): {"scale": of_layer.scale, "is_causal": of_layer.is_causal}
         for layer, of_layer in heads.items()
     }
-    save_file(tensors, path, metadata={"format": _FORMAT, "layers": json.dumps(about)})
+    metadata = {"format": _FORMAT, "layers": json.dumps(options)}
+    if about is not None:
+        metadata["about"] = json.dumps(dict(about))
+    save_file(tensors, path, metadata=metadata)
+
+
+def load_about(path: Path | str) -> dict[str, Any]:
+    """Return what `save` was told of the heads; nothing where it was told nothing.
+
+    Args:
+        path: the file.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        found: dict[str, Any] = json.loads((file.metadata() or {}).get("about", "{}"))
+    return found
 
 
 def load(path: Path | str, device: torch.device | str = "cpu") -> dict[int, CapturedHeads]:

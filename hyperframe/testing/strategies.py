@@ -11,6 +11,15 @@ draw one for the whole test: what a test asks for fits together.
     ...     assert mask.to_dense().shape == (inputs.query @ inputs.expanded_key().mT).shape
     >>> test_a_mask_has_the_shape_of_the_scores()
 
+With this module imported, `st.from_type` knows the library's types:
+
+    >>> from hypothesis import strategies as st
+    >>> from hyperframe.masks import HeavyMask
+    >>> @given(st.from_type(HeavyMask))
+    ... def test_entries_are_counted(mask):
+    ...     assert mask.nnz().equal(mask.to_dense().sum(dim=(-2, -1)))
+    >>> test_entries_are_counted()
+
 Needs the package `hypothesis`, which hyperframe itself does not install.
 """
 
@@ -25,7 +34,15 @@ import torch
 from ..blockplan import BlockPlan
 from ..builder import build_level_plans
 from ..errors import MissingDependencyError
-from ..masks import BandMask, BlockMask, HeavyMask, ListMask, RangeMask, UnionMask
+from ..masks import (
+    BandMask,
+    BlockMask,
+    EntryMask,
+    HeavyMask,
+    ListMask,
+    RangeMask,
+    UnionMask,
+)
 from ..plan import RankRanges, TilePlan
 from ..ragged import spread_heads
 from ..rectangles import Places
@@ -578,3 +595,40 @@ def plans(
         band_count=by_tile(band_count) if "band" in used else None,
         excluded=excluded, disjoint="disjoint" in used, query_offset=query_offset,
     )  # fmt: skip
+
+
+@st.composite
+def _entry_masks(draw: st.DrawFn) -> EntryMask:
+    """Draw single entries by tiles; not a form of `masks`: a plan holds more than the mask."""
+    sizes = draw(_SHARED_PROBLEM)
+    tile_size = draw(st.integers(1, 9))
+    longest = draw(st.integers(0, sizes.num_keys))
+    heads = draw(st.sampled_from([sizes.key_heads, sizes.query_heads]))
+    generator = _generator(draw(_seeds))
+    shape = (sizes.batch, heads, -(-sizes.num_queries // tile_size))
+    index = torch.rand((*shape, sizes.num_keys), generator=generator).argsort(dim=-1)
+    bits = torch.randint(1, 1 << tile_size, (*shape, longest), generator=generator)
+    return EntryMask(
+        batch_size=sizes.batch, num_query_heads=sizes.query_heads, num_queries=sizes.num_queries,
+        num_keys=sizes.num_keys, is_causal=draw(st.booleans()), tile_size=tile_size,
+        key_index=index[..., :longest].sort(dim=-1).values, row_bits=bits,
+        key_count=torch.randint(longest + 1, shape, generator=generator),
+    )  # fmt: skip
+
+
+# what `st.from_type` draws; types of one test share their problem, as above
+for _type, _strategy in (
+    (AttentionInputs, attention_inputs()),
+    (BandMask, masks(forms=["band"])),
+    (BlockMask, masks(forms=["block"])),
+    (BlockPlan, block_plans()),
+    (EntryMask, _entry_masks()),
+    (HeavyMask, masks()),
+    (KeySample, key_samples()),
+    (ListMask, masks(forms=["list", "columns", "entries"])),
+    (Problem, problems()),
+    (RangeMask, masks(forms=["range", "range_of_rows"])),
+    (TilePlan, plans()),
+    (UnionMask, masks(forms=["union"])),
+):
+    st.register_type_strategy(_type, _strategy)

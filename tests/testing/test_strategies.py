@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 from hyperframe import testing
 from hyperframe.blockplan import BlockPlan
-from hyperframe.masks import BandMask, BlockMask, HeavyMask, ListMask, RangeMask, UnionMask
+from hyperframe.masks import (
+    BandMask,
+    BlockMask,
+    EntryMask,
+    HeavyMask,
+    ListMask,
+    RangeMask,
+    UnionMask,
+)
 from hyperframe.plan import TilePlan
 from hyperframe.samples import KeySample
 from hyperframe.testing import strategies
@@ -240,3 +248,32 @@ def test_strategies_are_reached_through_the_package() -> None:
     assert {"plans", "strategies", "dense_attention"} <= set(dir(testing))
     with pytest.raises(AttributeError, match="has no attribute 'plan'"):
         testing.plan  # noqa: B018
+
+
+# ------------------------------------------------------------------------------------- from types
+
+TYPES = [
+    AttentionInputs, BandMask, BlockMask, BlockPlan, EntryMask, HeavyMask, KeySample, ListMask,
+    Problem, RangeMask, TilePlan, UnionMask,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", TYPES)
+@pytest.mark.hypothesis
+def test_types_of_the_library_are_drawn_by_their_name(cls: type[Any]) -> None:
+    found = some(st.from_type(cls), 40)
+    assert all(isinstance(example, cls) for example in found)
+    if issubclass(cls, HeavyMask):
+        kinds = {type(mask.validate()) for mask in found}
+        assert len(kinds) > 3 if cls is HeavyMask else kinds == {cls}
+        sizes = {int(mask.nnz().sum()) for mask in found}
+        assert len(sizes) > 5
+
+
+@given(st.from_type(EntryMask), st.from_type(ListMask), st.from_type(AttentionInputs))
+def test_types_of_one_test_fit_together(
+    entries: EntryMask, lists: ListMask, inputs: AttentionInputs
+) -> None:
+    assert entries.to_dense().shape == lists.to_dense().shape
+    assert entries.to_dense().shape[-1] == inputs.key.shape[2]
+    assert bool((entries.to_lists().to_dense() | ~entries.to_dense()).all())

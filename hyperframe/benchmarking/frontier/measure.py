@@ -20,11 +20,11 @@ from ..timing import Timing
 from .configurations import YARDSTICKS, Configuration
 from .problem import Problem, Reference
 
-__all__ = ["Cache", "measure"]
+__all__ = ["Cache", "Remembered", "measure"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Remembered(AbstractDetector):
+class Remembered(AbstractDetector):
     """A detector that finds once and answers alike from then on, also in what it leaves to draw."""
 
     takes_stream: ClassVar[bool] = True
@@ -33,11 +33,13 @@ class _Remembered(AbstractDetector):
     found: list[tuple[HeavyMask, int]] = field(default_factory=list, compare=False, repr=False)
 
     def find(self, query: Any, key: Any, *, generator: Any = None, **options: Any) -> HeavyMask:
+        """Find, or answer as before."""
         return self._once(self.inner.find, query, key, generator, options)
 
     def find_strict(
         self, query: Any, key: Any, *, generator: Any = None, **options: Any
     ) -> HeavyMask:
+        """Find, or answer as before."""
         return self._once(self.inner.find_strict, query, key, generator, options)
 
     def _once(
@@ -93,7 +95,7 @@ def measure(
     key = (id(problem), attention.replace(sampler="uniform", num_samples=0), is_causal)
     if cache.key != key:
         wrapped = [
-            _Remembered(inner=attention.detector) if has_one_mask else attention.detector
+            Remembered(inner=attention.detector) if has_one_mask else attention.detector
             for _ in problem.layers
         ]
         cache.held = _held(problem, attention, wrapped, is_causal=is_causal)
@@ -145,7 +147,7 @@ def _held(
         is_seen = torch.isfinite(reference.lse)
         masses.append((lse - reference.lse)[is_seen].exp().clamp(max=1).mean())
         remembered = found[number]
-        if isinstance(remembered, _Remembered) and remembered.found:
+        if isinstance(remembered, Remembered) and remembered.found:
             recalls.append(_recall(remembered.found[0][0], reference))
     num_queries, num_keys = problem.layers[0].query.shape[2], problem.length
     visible = float(num_keys)

@@ -1,0 +1,149 @@
+"""What the checks ask with: small inputs from seeds, ways to disturb them, and how a check fails.
+
+Everything is made on the CPU from a seed and then moved, so that a check asks the same numbers on
+every device and never fails by chance.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+
+from ...component import AbstractComponent
+
+__all__ = [
+    "DTYPES",
+    "LENGTHS",
+    "CheckSkippedError",
+    "Inputs",
+    "as_one_graph",
+    "changed",
+    "device",
+    "fail",
+    "generator",
+    "inputs",
+    "on_device",
+    "same_bits",
+    "strided",
+]
+
+LENGTHS = ((40, 40), (29, 40), (40, 29), (1, 40), (40, 1), (1, 1), (63, 63))
+"""`(n_q, n_k)`: square, a chunk with a cache, more queries than keys, single tokens, ragged."""
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes that every component takes."""
+
+_DEVICE: ContextVar[torch.device | None] = ContextVar("device", default=None)
+
+
+class CheckSkippedError(Exception):
+    """A check does not apply to a component; the message says why."""
+
+
+class Inputs(NamedTuple):
+    """Query `[B, Hq, n_q, d]`, key `[B, Hkv, n_k, d]` and value `[B, Hkv, n_k, d_v]`."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+@contextlib.contextmanager
+def on_device(where: torch.device | str) -> Iterator[None]:
+    """Let the checks inside the block ask with tensors on a device."""
+    token = _DEVICE.set(torch.device(where))
+    try:
+        yield
+    finally:
+        _DEVICE.reset(token)
+
+
+def device() -> torch.device:
+    """Return the device on which the checks ask."""
+    return _DEVICE.get() or torch.device("cpu")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    """Return a CPU generator: welcome wherever tensors are, and alike on every device."""
+    return torch.Generator().manual_seed(seed)
+
+
+def inputs(
+    seed: int = 0, *, batch: int = 2, query_heads: int = 4, key_heads: int = 2,
+    num_queries: int = 40, num_keys: int = 40, head_dim: int = 8, value_dim: int = 5,
+    dtype: torch.dtype = torch.float32,
+) -> Inputs:  # fmt: skip
+    """Return normal queries and keys, and values with norms between 0.5 and 3.
+
+    Norms of values stay away from 0, so that every key is drawn often enough to be counted.
+    """
+    g = generator(seed)
+    query = torch.randn(batch, query_heads, num_queries, head_dim, generator=g)
+    key = torch.randn(batch, key_heads, num_keys, head_dim, generator=g)
+    value = torch.randn(batch, key_heads, num_keys, value_dim, generator=g)
+    length = 0.5 + 2.5 * torch.rand(batch, key_heads, num_keys, 1, generator=g)
+    value = length * value / value.norm(dim=-1, keepdim=True).clamp(min=1e-3)
+    return Inputs(*(x.to(device(), dtype) for x in (query, key, value)))
+
+
+def changed(tensor: torch.Tensor, where: Any, seed: int = 77) -> torch.Tensor:
+    """Return a copy with other, larger numbers at an index."""
+    drawn = torch.randn(tensor.shape, generator=generator(seed)).to(tensor.device, tensor.dtype)
+    other = tensor.clone()
+    other[where] = 3 * drawn[where] + 1
+    return other
+
+
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    """Return equal numbers laid out as `[B, n, H, d]`, every other element of a larger tensor."""
+    wide = tensor.transpose(1, 2).repeat_interleave(2, dim=-1).contiguous()
+    return wide[..., ::2].transpose(1, 2)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal in shape, dtype and every element (NaN equals NaN)."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def as_one_graph(
+    component: AbstractComponent, called: Callable[..., tuple[torch.Tensor, ...]], *args: Any
+) -> None:
+    """Check that a call compiles to one graph, which returns what the call does.
+
+    Args:
+        component: for the message.
+        called: returns tensors; makes its `Stream` inside, from a seed among the tensors.
+        args: tensors.
+    """
+    want = called(*args)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, from inside of its compiler
+        try:
+            compiled = torch.compile(called, fullgraph=True, dynamic=False, backend="eager")
+            got = compiled(*args)
+        except Exception as error:
+            remedy = "read no values (.item(), bool()), or set takes_stream = False"
+            found = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            fail(component, "for one graph", found, remedy)
+        finally:
+            torch._dynamo.reset()
+    if not all(map(same_bits, want, got)):
+        remedy = "draw by hyperframe.randomness alone"
+        fail(component, "compiled and eager with one seed", "two results", remedy)
+
+
+def fail(component: AbstractComponent, asked: str, found: str, remedy: str) -> NoReturn:
+    """Raise what a failed check raises: what was asked, what was found, what to do.
+
+    Raises:
+        AssertionError: always.
+    """
+    raise AssertionError(f"{component!r}: asked {asked}; found {found}; {remedy}.")
