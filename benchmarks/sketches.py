@@ -12,7 +12,12 @@ sketch that the search looks at (point queries), the rows of the sketch, and wha
 
 The count of a dense product, `n`, is the line that both have to stay below.
 
+`--growth` times the detector `count_sketch` instead, one head on a CPU, on rows of Pareto norms:
+seconds of the processor, of `find` and of the decoding alone, with each decoder and all products,
+and how they grow from one length to the next.
+
     python benchmarks/sketches.py --out benchmarks/results/sketches.jsonl
+    python benchmarks/sketches.py --growth --tau 32 --out benchmarks/results/sketch-growth.jsonl
     python benchmarks/sketches.py --plot sketches.png --read benchmarks/results/sketches.jsonl
 """
 
@@ -21,12 +26,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hyperframe.benchmarking.report import append_rows
+from hyperframe.detectors.count_sketch import CountSketch as Detector
+from hyperframe.sketching.columns import ColumnProblem
 from hyperframe.sketching.count_sketch import BRANCHING, CountSketch
 from hyperframe.sketching.expander_decoding import distinct, expander_rows, heavy_names
 from hyperframe.sketching.expander_sketch import ExpanderSketch
@@ -109,6 +118,60 @@ def measure(num_rows: int, tau: int, count: int, seed: int) -> list[dict[str, An
     return rows
 
 
+def timed(call: Callable[[], Any], repeats: int) -> float:
+    """Return seconds of the processor: the least of some runs, after one that is not counted."""
+    call()
+    found = []
+    for _ in range(repeats):
+        before = time.process_time()
+        call()
+        found.append(time.process_time() - before)
+    return min(found)
+
+
+def growth(num_rows: int, tau: int, seed: int, repeats: int = 3) -> list[dict[str, Any]]:
+    """Return times of `find` and of the decoding of one head, for each way to search."""
+    g = torch.Generator().manual_seed(seed)
+    query = torch.randn(1, 1, num_rows, 64, generator=g)
+    query *= torch.rand(num_rows, 1, generator=g) ** -0.6
+    key = torch.randn(1, 1, num_rows, 64, generator=g)
+    rows = []
+    for method in ("sketch, torch", "sketch, numba", "all products"):
+        search, _, decoder = method.partition(", ")
+        detector = Detector(tau=tau, search="sketch" if decoder else "exact",
+                            decoder=decoder or "auto")  # fmt: skip
+        times = {"find_s": timed(
+            lambda: detector.find(query, key, generator=torch.Generator().manual_seed(seed)),  # noqa: B023
+            repeats,
+        )}  # fmt: skip
+        if decoder:
+            problem = ColumnProblem.of(query, key)
+            search, _ = detector._search(problem, float(tau), torch.Generator().manual_seed(seed))
+            step = 2048
+            parts = problem.key.split(step, dim=1)
+            times["decode_s"] = timed(lambda: [search(part) for part in parts], repeats)  # noqa: B023
+        rows.append({
+            "method": method, "n": num_rows, "tau": tau, "seed": seed, **times,
+            "threads": torch.get_num_threads(), "torch": torch.__version__,
+        })  # fmt: skip
+    return rows
+
+
+def print_growth(rows: list[dict[str, Any]]) -> None:
+    """Print times, and their ratio to those of the length before."""
+    print(f"{'method':>14} {'n':>8} {'find, s':>9} {'growth':>7} {'decode, s':>10} {'growth':>7}")
+    before: dict[str, dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: (row["method"], row["n"])):
+        last = before.get(row["method"], {})
+        cells = ""
+        for field, width in (("find_s", 9), ("decode_s", 10)):
+            now, then = row.get(field), last.get(field)
+            cells += f" {now:>{width}.2f}" if now else " " * (width + 1)
+            cells += f" {now / then:>6.1f}x" if now and then else " " * 8
+        print(f"{row['method']:>14} {row['n']:>8}{cells}")
+        before[row["method"]] = row
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw point queries and rows of the sketch as functions of n."""
     import matplotlib as mpl
@@ -132,7 +195,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """Measure, print, and append the rows to a file; or draw the rows of one."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2**e for e in range(10, 21, 2)])
+    parser.add_argument("--lengths", type=int, nargs="+", default=None,
+                        help="2^10 to 2^20; with --growth 2^13 and 2^15")  # fmt: skip
+    parser.add_argument("--growth", action="store_true", help="time the detector instead")
     parser.add_argument("--tau", type=int, default=16)
     parser.add_argument("--columns", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
@@ -143,9 +208,15 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     if options.read:
         rows = [json.loads(line) for line in options.read.read_text().splitlines()]
+    elif options.growth:
+        torch.set_num_threads(1)
+        for length in options.lengths or [2**13, 2**15]:
+            rows += growth(length, options.tau, options.seed)
+        if options.out:
+            append_rows(options.out, rows)
     else:
         print(f"{'method':>26} {'n':>8} {'rows':>7} {'queries':>8} {'found':>6} {'recall':>7}")
-        for length in options.lengths:
+        for length in options.lengths or [2**e for e in range(10, 21, 2)]:
             for row in measure(length, options.tau, options.columns, options.seed):
                 print(f"{row['method']:>26} {row['n']:>8} {row['sketch_rows']:>7} "
                       f"{row['point_queries']:>8.0f} {row['candidates']:>6.1f} "
@@ -153,7 +224,9 @@ def main() -> None:
                 rows.append(row)
         if options.out:
             append_rows(options.out, rows)
-    if options.plot:
+    if options.growth:
+        print_growth(rows)
+    elif options.plot:
         plot(rows, options.plot)
 
 

@@ -76,6 +76,16 @@ def test_code_blocks_of_write_a_detector_run_and_print_what_they_say(
             detectors.registry.unregister("peaks")
 
 
+def test_code_blocks_of_the_page_on_sketching_run(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "sketching.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "sketching.md", "exec"), {})
+    # the sketch finds what it is said to find: the draw is fixed
+    assert float(capsys.readouterr().out.split()[0]) >= 0.97
+
+
 def test_make_targets_of_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     asked = set(re.findall(r"`?\bmake ([a-z]+)\b", README)) - {"are"}

@@ -26,6 +26,7 @@ _BUILTINS = {
     "expander_sketch": ".detectors.expander_sketch:ExpanderSketch",
     "heavy_columns": ".detectors.heavy_columns:HeavyColumns",
     "kmeans": ".detectors.kmeans:KMeans",
+    "learned_count_sketch": ".detectors.learned_count_sketch:LearnedCountSketch",
     "lsh_topk": ".detectors.lsh_topk:LSHTopK",
     "oracle": ".detectors.oracle:Oracle",
     "pca_tree": ".detectors.pca_tree:PCATree",

@@ -8,10 +8,11 @@ from functools import partial
 
 import torch
 
-from ..component import check_positive_int, check_positive_number
+from ..component import check_choice, check_positive_int, check_positive_number
 from ..errors import ArgumentError
 from ..sketching import count_sketch as sketches
 from ..sketching.columns import ColumnProblem
+from ..sketching.decoders import DECODERS, choose_decoder
 from ..sketching.dyadic import MAX_REPETITIONS, RowSearch, repetitions_for
 from .entry_detector import AbstractEntryDetector, CandidateSearch
 
@@ -47,11 +48,13 @@ class CountSketch(AbstractEntryDetector):
             one). Softmax is invariant to a shift of all keys, the energies are not. The relation
             is then that of the centred keys.
         search: `"sketch"`, `"exact"` (all products), or `"auto"`, see above.
-        max_keys_per_tile: keys of a tile at most, those with the largest logits first; the entries
-            of the others are not in the mask. None: as many as make lists of 16 MiB a head, 682 at
+        max_keys_per_tile: keys of a tile at most, those with the largest logits first (under
+            `is_causal` the tile's own keys last, in their order); the entries of the others are
+            not in the mask. None: as many as make lists of 16 MiB a head, 682 at
             131,072 rows and all keys up to about 9,000.
         tile_size: rows that share keys in a plan, at most 64.
         max_bytes: of temporaries held at once while columns are searched, at least those of one.
+            None: 256 MiB, on a GPU 1 GiB.
         repetitions: independent sketches of each level, at most 255. None takes as many as a
             proof needs: whatever the data, the expected share of a column's heavy entries that is
             lost is at most `n_q^-2` (114 of them at 131,072 rows), unless more nodes than are kept
@@ -60,6 +63,11 @@ class CountSketch(AbstractEntryDetector):
         width: buckets of a level, times `tau`.
         keep: nodes of a level that are kept for each column, times `tau`. At most `tau` can hold
             the energy of a heavy entry.
+        decoder: what searches a sketch: `"torch"` (on a GPU its kernels); `"numba"`, on a CPU,
+            nearly twice as fast once compiled, which takes 2 seconds; or `"auto"`, numba where it
+            is installed and a call large enough for that to pay, by its sizes alone (see
+            `hyperframe.sketching.decoders`). They differ in which nodes of an equal score are kept
+            where not all can be.
 
     Cost: with `S` rows of the sketch, `repetitions * width * tau * log(n_q / tau) / log(8)` about,
         `O(S d)` for a column, `O(repetitions n_q d)` to sketch, a sort of `tau n_k` numbers a
@@ -78,6 +86,7 @@ class CountSketch(AbstractEntryDetector):
     repetitions: int | None = 8
     width: int | float = 8
     keep: int | float = 2
+    decoder: str = "auto"
 
     def __post_init__(self) -> None:
         """Check the parameters."""
@@ -91,6 +100,7 @@ class CountSketch(AbstractEntryDetector):
                 )
         check_positive_number(self, "width", self.width)
         check_positive_number(self, "keep", self.keep)
+        check_choice(self, "decoder", self.decoder, DECODERS)
 
     def _sketch_rows(self, num_queries: int, tau: float) -> int:
         return sketches.sketch_size(num_queries, *self._sizes(num_queries, tau))
@@ -109,11 +119,12 @@ class CountSketch(AbstractEntryDetector):
         # on a GPU products in half precision nominate: the exact test is in float32
         dtype = torch.bfloat16 if query.is_cuda and query.dtype == torch.float32 else None
         search = RowSearch.of(drawn, query, dtype)
-        item = query.element_size()
-        buckets = max(width, drawn.levels[0])
-        column_bytes = repetitions * buckets * (item + 1)
-        column_bytes += capacity * (8 * sketches.BRANCHING * 2 + 16 * repetitions)
-        return partial(search.candidates, tau=tau, capacity=capacity), column_bytes
+        products = (
+            heads * problem.key.shape[1] * sketches.sketch_size(num_queries, width, repetitions)
+        )
+        decoder = choose_decoder(self.decoder, device=query.device, products=products)
+        find = partial(search.candidates, tau=tau, capacity=capacity, decoder=decoder)
+        return find, search.column_bytes(capacity)
 
     def _sizes(self, num_queries: int, tau: float) -> tuple[int, int]:
         """Return the buckets of a level and the repetitions."""

@@ -12,8 +12,9 @@ import torch
 
 from ..component import check_bool, check_choice, check_positive_int, check_positive_number
 from ..errors import ArgumentError
+from ..kernels.sketch import runs_kernels
 from ..masks import MAX_ENTRY_TILE, EntryMask, HeavyMask
-from ..sketching.columns import ColumnProblem
+from ..sketching.columns import ColumnProblem, exact_rows
 from ..sketching.entries import entry_mask, find_entries_exactly, verified
 from .base import AbstractDetector, default_scale
 
@@ -26,6 +27,7 @@ _MOST_TAU = 64  # of tau="auto"
 _EXACT_UP_TO = 4  # times the rows of the sketch
 _LIST_BYTES = 16 << 20  # of a head's lists, for max_keys_per_tile=None
 _BYTES_PER_KEY = 12  # an index and a word of rows
+_CPU_BYTES, _GPU_BYTES = 256 << 20, 1 << 30  # for max_bytes=None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +57,17 @@ class AbstractEntryDetector(AbstractDetector):
             one). Softmax is invariant to a shift of all keys, the energies are not. The relation
             is then that of the centred keys.
         search: `"sketch"`, `"exact"` (all products), or `"auto"`, see above.
-        max_keys_per_tile: keys of a tile at most, those with the largest logits first; the entries
-            of the others are not in the mask. None: as many as make lists of 16 MiB a head, 682 at
+        max_keys_per_tile: keys of a tile at most, those with the largest logits first (under
+            `is_causal` the tile's own keys last, in their order); the entries of the others are
+            not in the mask. None: as many as make lists of 16 MiB a head, 682 at
             131,072 rows and all keys up to about 9,000.
         tile_size: rows that share keys in a plan, at most 64.
         max_bytes: of temporaries held at once while columns are searched, at least those of one.
+            None: 256 MiB, on a GPU 1 GiB.
     """
 
     takes_stream: ClassVar[bool] = True
+    finds: ClassVar[tuple[str, ...]] = ("entries",)
 
     tau: int | float | str = "auto"
     positive_only: bool = False
@@ -70,7 +75,7 @@ class AbstractEntryDetector(AbstractDetector):
     search: str = "auto"
     max_keys_per_tile: int | None = None
     tile_size: int = 64
-    max_bytes: int = 256 << 20
+    max_bytes: int | None = None
 
     def __post_init__(self) -> None:
         """Check the parameters."""
@@ -87,7 +92,8 @@ class AbstractEntryDetector(AbstractDetector):
                 f"{self.name}: tile_size={self.tile_size!r} is too large: there is room for "
                 f"{MAX_ENTRY_TILE}; pass at most {MAX_ENTRY_TILE}."
             )
-        check_positive_int(self, "max_bytes", self.max_bytes)
+        if self.max_bytes is not None:
+            check_positive_int(self, "max_bytes", self.max_bytes)
 
     @abstractmethod
     def _sketch_rows(self, num_queries: int, tau: float) -> int:
@@ -122,18 +128,23 @@ class AbstractEntryDetector(AbstractDetector):
         search, column_bytes = None, 3 * item * num_queries
         if not self._is_exact(num_queries, tau):
             search, column_bytes = self._search(problem, tau, generator)
+        exact, factor = problem.query, None
+        if runs_kernels(problem.key):
+            # half of the traffic of the exact test
+            exact, factor = exact_rows(query)
         rows = torch.empty((heads, num_keys, limit), dtype=torch.int32, device=query.device)
         strength = torch.empty((heads, num_keys, limit), device=query.device)
-        # beside the search, the rows of some candidates
-        column_bytes += 3 * limit * (item * query.shape[-1] + 40)
-        step = max(1, self.max_bytes // (heads * column_bytes))
+        # beside the search, the entries; without kernels also the rows of some candidates
+        column_bytes += 3 * limit * (40 + (item * query.shape[-1] if factor is None else 0))
+        step = max(1, self._bytes(query.device) // (heads * column_bytes))
         for start in range(0, num_keys, step):
             part = problem.key[:, start : start + step]
             if search is None:
                 found = find_entries_exactly(problem.query, part, count=limit, sign=sign)
             else:
                 found = search(part)
-            kept = verified(problem.query, part, found, tau=tau, limit=limit, sign=sign)
+            tested = part if factor is None else part * factor
+            kept = verified(exact, tested, found, tau=tau, limit=limit, sign=sign)
             slots = kept.row.shape[-1]
             rows[:, start : start + step, :slots] = kept.row.int()
             rows[:, start : start + step, slots:] = -1
@@ -144,6 +155,11 @@ class AbstractEntryDetector(AbstractDetector):
             is_causal=is_causal, tile_size=self.tile_size,
             max_keys=self._max_keys(num_queries, num_keys),
         )  # fmt: skip
+
+    def _bytes(self, device: torch.device) -> int:
+        if self.max_bytes is not None:
+            return self.max_bytes
+        return _GPU_BYTES if device.type == "cuda" else _CPU_BYTES
 
     def _is_exact(self, num_queries: int, tau: float) -> bool:
         if self.search == "auto":

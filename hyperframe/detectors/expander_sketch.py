@@ -56,6 +56,7 @@ class ExpanderSketch(AbstractEntryDetector):
             of the others are not in the mask. None: as many as make lists of 16 MiB a head.
         tile_size: rows that share keys in a plan, at most 64.
         max_bytes: of temporaries held at once while columns are searched, at least those of one.
+            None: 256 MiB, on a GPU 1 GiB.
         repetitions: independent maps.
         width: cells of a layer, times `tau`.
         keep: candidates of a column and map that are tested, times `tau`.

@@ -13,7 +13,7 @@ import torch
 
 from ..precision import without_autocast
 
-__all__ = ["ColumnProblem"]
+__all__ = ["ColumnProblem", "exact_rows"]
 
 _CHUNK_BYTES = 64 << 20  # of temporaries held at once
 # below this part of ||Q||^2 ||k||^2 a column's energy is rounding
@@ -68,6 +68,27 @@ class ColumnProblem(NamedTuple):
         scaled = k * inverse.unsqueeze(-1)
         norm = norm.to(k.dtype) * size.squeeze(-1)
         return cls(query=q, key=scaled.flatten(0, 1), norm=norm.flatten(0, 1))
+
+
+def exact_rows(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows and factors whose products are the queries of a `ColumnProblem`.
+
+    Where queries have 16 bits the rows have, too, and lose nothing.
+
+    Args:
+        query: `[batch, query_heads, n_q, d]`.
+
+    Returns:
+        `[heads, n_q, d]`, and of each head the factor, `[heads, 1, 1]`, in float32 at least.
+    """
+    rows = torch.where(query.isfinite().all(dim=-1, keepdim=True), query, 0).flatten(0, 1)
+    size = _size(rows.flatten(1)).unsqueeze(-1)
+    size = size.to(torch.promote_types(size.dtype, torch.float32))
+    if rows.dtype == torch.float16:
+        return rows, 1 / size  # neither is beyond the range of float32
+    # by a power of two: no product overflows, and none is rounded
+    power = torch.exp2(-torch.frexp(size).exponent.clamp(-126, 126).to(size.dtype))
+    return (rows * power).to(rows.dtype), 1 / (size * power)
 
 
 def _finite(x: torch.Tensor) -> torch.Tensor:

@@ -21,12 +21,15 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.bucket_sums import bucket_sums
+from ..kernels.sketch import BRANCHING as _BRANCHING
+from ..kernels.sketch import runs_kernels
 from ..randomness import Stream
 from .hashing import SIGNS_IN_A_WORD, pairwise_permutations, random_signs
 
 __all__ = ["BRANCHING", "CountSketch", "level_sizes", "sketch_size"]
 
-BRANCHING = 8
+BRANCHING = _BRANCHING
 """Children of a node.
 
 What a search looks at grows with `b / log b`, the number of sketches falls with `1 / log b`. The
@@ -154,6 +157,8 @@ class CountSketch:
         sizes = self.levels
         buckets = [sizes[0]] + [self.width] * len(self.orders)
         out = [x.new_empty((heads, self.repetitions, count, m)) for count in buckets]
+        if self.orders and runs_kernels(x):
+            return self._applied(x, out)
         step = max(1, _CHUNK_BYTES // max(1, 3 * x.element_size() * sizes[-1] * m))
         for first in range(0, heads, step):
             part = slice(first, first + step)
@@ -166,6 +171,23 @@ class CountSketch:
                     out[level][part, repetition] = self._bucket_sums(siblings, order)
                     signed = siblings.sum(dim=2)
                 out[0][part, repetition] = signed
+        return out
+
+    def _applied(self, x: torch.Tensor, out: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Do what `apply` says by kernels, for some repetitions of all heads at a time."""
+        sizes = self.levels
+        held = sizes[-2] * x.shape[0] * x.shape[-1] * x.element_size()
+        step = max(1, _CHUNK_BYTES // max(1, held))
+        for first in range(0, self.repetitions, step):
+            part = slice(first, first + step)
+            rows, words = x.unsqueeze(1), self.sign_words
+            for level in range(len(self.orders), 0, -1):
+                out[level][:, part], rows = bucket_sums(
+                    rows, words if level == len(self.orders) else None,
+                    self.orders[level - 1][:, part], nodes=sizes[level - 1],
+                    blocks=self.width // BRANCHING, first=first, word_bits=SIGNS_IN_A_WORD,
+                )  # fmt: skip
+            out[0][:, part] = rows
         return out
 
     def _bucket_sums(self, siblings: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

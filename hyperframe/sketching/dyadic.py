@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..precision import without_autocast
+from ..kernels.sketch import candidate_bytes, packed_places, sketch_candidates
 from .count_sketch import BRANCHING, CountSketch
 
 __all__ = ["MAX_REPETITIONS", "RowSearch", "miss_bound", "repetitions_for"]
@@ -74,34 +74,47 @@ class RowSearch:
 
     Args:
         drawn: the map that made the sketches.
-        sketches: of the queries, the top level first; their dtype is that of the products.
-        places: for every hashed level the words of each node's children, as places among the
-            words of all repetitions: int64 `[heads, nodes, repetitions]`.
+        top: the sketches of the top level, `[heads, repetitions, nodes, d]`, in the dtype of the
+            products.
+        hashed: those of all others, `[heads, levels, repetitions, width, d]`.
+        places: for every node above a hashed level the blocks of its children; see
+            `kernels.sketch.packed_places`.
     """
 
     drawn: CountSketch
-    sketches: tuple[torch.Tensor, ...]
-    places: tuple[torch.Tensor, ...]
+    top: torch.Tensor
+    hashed: torch.Tensor
+    places: torch.Tensor
+
+    @property
+    def sketches(self) -> tuple[torch.Tensor, ...]:
+        """The sketches of the queries, the top level first."""
+        return self.top, *self.hashed.unbind(dim=1)
 
     @classmethod
     def of(
         cls, drawn: CountSketch, query: torch.Tensor, dtype: torch.dtype | None = None
     ) -> RowSearch:
         """Sketch queries, `[heads, n_q, d]`; `dtype` is for the products, None is that of query."""
-        sketches = tuple(part.to(dtype or part.dtype) for part in drawn.apply(query))
-        first = torch.arange(drawn.repetitions, device=query.device) * (drawn.width // BRANCHING)
-        places = tuple(
-            drawn.blocks(level).transpose(1, 2) + first for level in range(len(drawn.orders))
-        )
-        return cls(drawn=drawn, sketches=sketches, places=places)
+        top, *rest = (part.to(dtype or part.dtype) for part in drawn.apply(query))
+        shape = (query.shape[0], 0, drawn.repetitions, drawn.width, query.shape[-1])
+        hashed = torch.stack(rest, dim=1) if rest else top.new_empty(shape)
+        places = [drawn.blocks(level).transpose(1, 2) for level in range(len(drawn.orders))]
+        none = torch.zeros((shape[0], 0, drawn.repetitions), dtype=torch.int64, device=query.device)
+        packed = packed_places(torch.cat([none, *places], dim=1), drawn.width // BRANCHING)
+        return cls(drawn=drawn, top=top, hashed=hashed, places=packed)
 
-    def candidates(self, key: torch.Tensor, *, tau: float, capacity: int) -> torch.Tensor:
+    def candidates(
+        self, key: torch.Tensor, *, tau: float, capacity: int, decoder: str = "torch"
+    ) -> torch.Tensor:  # fmt: skip
         """Return candidates for the heavy rows of columns.
 
         Args:
             key: `[heads, columns, d]`, scaled so that every column `Q k` has energy 1, or is zero.
             tau: a row is heavy if its square is at least `1 / tau`.
-            capacity: nodes of a column that are kept at each level.
+            capacity: nodes of a column that are kept at each level. Where more score enough, the
+                best are; see `kernels.sketch.sketch_candidates` for ties.
+            decoder: `"torch"` or `"numba"`, see `sketching.decoders`.
 
         Returns:
             int64 `[heads, columns, C]`, distinct rows, -1 for none; `C` is at most `capacity`.
@@ -110,45 +123,21 @@ class RowSearch:
             synchronisation.
         """
         drawn = self.drawn
-        heads, columns, _ = key.shape
-        unit, least = _unit(drawn.repetitions), _least_score(drawn.repetitions)
+        unit = _unit(drawn.repetitions)
         # squares of products are scores; the half lets a heavy row reach `unit` despite rounding
         factor = math.sqrt(min(tau, _MOST_TAU) * (unit + 0.5))
-        key = (key * factor).to(self.sketches[0].dtype)
-        score = _scores(self.sketches[0], key, unit).sum(dim=2, dtype=torch.uint8)
-        node, is_kept = _best(score, None, least, capacity)
-        for sketch, places in zip(self.sketches[1:], self.places, strict=True):
-            # the bytes of eight siblings are a word; words add up without carries
-            words = _scores(sketch, key, unit).view(torch.int64).flatten(2)
-            parents = node.view(heads, -1, 1).expand(-1, -1, drawn.repetitions)
-            place = places.gather(1, parents).view(heads, columns, -1)
-            total = words.gather(-1, place).unflatten(-1, (-1, drawn.repetitions)).sum(dim=-1)
-            score = torch.where(is_kept, total, 0).view(torch.uint8)
-            node, is_kept = _best(score, node, least, capacity)
-        return torch.where(is_kept & (node < drawn.num_rows), node, -1)
+        if decoder == "numba":
+            from .numba_decoder import numba_candidates
 
+            return numba_candidates(
+                key, self.top, self.hashed, self.places, factor, unit,
+                _least_score(drawn.repetitions), capacity, drawn.num_rows,
+            )  # fmt: skip
+        return sketch_candidates(
+            key, self.top, self.hashed, self.places, factor=factor, unit=unit,
+            least=_least_score(drawn.repetitions), capacity=capacity, num_rows=drawn.num_rows,
+        )  # fmt: skip
 
-def _scores(sketch: torch.Tensor, key: torch.Tensor, unit: int) -> torch.Tensor:
-    """Return the bytes of all buckets: `[heads, columns, repetitions, buckets]`."""
-    with without_autocast(key):
-        value = key @ sketch.flatten(1, 2).transpose(-1, -2)
-    score = value.square_().clamp_(max=unit).to(torch.uint8)
-    by_bucket: torch.Tensor = score.unflatten(-1, sketch.shape[1:3])
-    return by_bucket
-
-
-def _best(
-    score: torch.Tensor, node: torch.Tensor | None, least: int, capacity: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the best nodes, `[heads, columns, C]`, and which of them score enough.
-
-    Args:
-        score: uint8 `[heads, columns, nodes]`, of all children of `node`.
-        node: int64, the parents; None for the nodes themselves.
-        least: what is enough.
-        capacity: how many are kept.
-    """
-    best, place = score.topk(min(capacity, score.shape[-1]), dim=-1, sorted=False)
-    if node is not None:
-        place = node.gather(-1, place // BRANCHING) * BRANCHING + place % BRANCHING
-    return place, best >= least
+    def column_bytes(self, capacity: int) -> int:
+        """Return about how many bytes are held for each column while it is searched."""
+        return candidate_bytes(self.top, self.hashed, capacity)

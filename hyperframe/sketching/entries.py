@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..kernels.entry_lists import entry_lists
+from ..kernels.sketch import heavy_products
 from ..masks import EntryMask
 from ..precision import without_autocast
 
@@ -39,7 +41,7 @@ def verified(
     """Return those of some candidates that are heavy, by their exact inner products.
 
     Args:
-        query: `[heads, n_q, d]`, of a `ColumnProblem`.
+        query: `[heads, n_q, d]`, of a `ColumnProblem`; may be of a lower precision, if exact.
         key: `[heads, columns, d]`, some of its keys.
         row: int64 `[heads, columns, C]`, distinct candidates of each column, -1 for none.
         tau: the bound; a column has at most this many heavy entries.
@@ -50,21 +52,8 @@ def verified(
         The entries of largest square, `min(limit, C)` slots.
     Cost: O(columns C d) time and memory: ask for some columns at a time.
     """
-    heads, columns, width = row.shape
-    with without_autocast(query):
-        index = row.clamp(min=0).view(heads, -1, 1).expand(-1, -1, query.shape[-1])
-        found = query.gather(1, index).view(heads, columns, width, -1)
-        logit = (found @ key.unsqueeze(-1)).squeeze(-1)
-    square = logit.square()
-    least = (1 - _SLACK * torch.finfo(square.dtype).eps) / tau
-    is_heavy = (row >= 0) & (square > 0) & (square >= least)
-    if sign is not None:
-        is_heavy = is_heavy & (logit * sign > 0)
-    square = square.masked_fill(~is_heavy, -1)
-    if limit < width:
-        square, place = square.topk(limit, dim=-1)
-        row, logit = row.gather(-1, place), logit.gather(-1, place)
-    return Entries(row=torch.where(square > 0, row, -1), logit=logit)
+    least = (1 - _SLACK * torch.finfo(key.dtype).eps) / tau
+    return Entries(*heavy_products(query, key, row, least=least, limit=limit, sign=sign))
 
 
 def find_entries_exactly(
@@ -88,15 +77,31 @@ def find_entries_exactly(
     return weight.topk(min(count, query.shape[1]), dim=-1, sorted=False).indices
 
 
+def _ranked(
+    row: torch.Tensor, strength: torch.Tensor, num_queries: int, tile_size: int, is_causal: bool
+) -> torch.Tensor:
+    """Return strengths by which tiles choose: see `entry_mask` for those of their own keys."""
+    if not is_causal:
+        return strength
+    num_keys = row.shape[1]
+    at = torch.arange(num_keys, device=row.device).unsqueeze(-1) + num_queries - num_keys
+    is_own = torch.div(row, tile_size, rounding_mode="floor") == torch.div(
+        at, tile_size, rounding_mode="floor"
+    )
+    last = -1e38 * (1 + (at % tile_size) / tile_size)  # below all logits
+    return torch.where(is_own, last, strength)
+
+
 def entry_mask(
     row: torch.Tensor, strength: torch.Tensor, *, batch_size: int, num_queries: int,
     is_causal: bool, tile_size: int, max_keys: int,
 ) -> EntryMask:  # fmt: skip
     """Return the mask of entries that are known by columns.
 
-    The transposition is a sort: each column's entries by row, then all pairs of a tile and a key
-    by tile, the strongest first. A pair is as strong as its strongest entry. What a tile
-    cannot keep is not in the mask.
+    The transposition is a sort of all pairs of a tile and a key by tile, see `entry_lists`. A pair
+    is as strong as its strongest entry. What a tile cannot keep is not in the mask. Under
+    `is_causal` a tile's own keys come after all keys before it, in their order, however strong they
+    are: a key must not take the place of one that an earlier row holds.
 
     Args:
         row: int64 or int32 `[batch * query_heads, n_k, C]`, distinct rows of a column, -1 for none.
@@ -120,10 +125,11 @@ def entry_mask(
     step = max(1, _CHUNK_BYTES // max(1, 64 * num_keys * width))
     for first in range(0, heads, step):
         part = slice(first, min(first + step, heads))
-        found = _by_tile(
-            row[part].long(), strength[part].float(), num_queries, tile_size, longest, is_causal
-        )
-        index[part], bits[part], count[part] = found
+        rank = _ranked(row[part], strength[part].float(), num_queries, tile_size, is_causal)
+        index[part], bits[part], count[part] = entry_lists(
+            row[part], rank, num_queries=num_queries, tile_size=tile_size, longest=longest,
+            is_causal=is_causal,
+        )  # fmt: skip
     if device.type == "cpu" and not torch.compiler.is_compiling():
         # where reading a value is free, no list is longer than the longest
         used = int(count.max())
@@ -135,53 +141,3 @@ def entry_mask(
         num_keys=num_keys, is_causal=is_causal, key_index=index, key_count=count, row_bits=bits,
         tile_size=tile_size,
     )  # fmt: skip
-
-
-def _by_tile(
-    row: torch.Tensor, strength: torch.Tensor, num_queries: int, tile_size: int, longest: int,
-    is_causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return key lists of tiles, the rows of each key as bits, and how many keys there are."""
-    heads, num_keys, width = row.shape
-    num_tiles, device = -(-num_queries // tile_size), row.device
-    is_used = row >= 0
-    if is_causal:
-        position = torch.arange(num_keys, device=device) + num_queries - num_keys
-        is_used = is_used & (row >= position[:, None])
-    row, order = torch.where(is_used, row, num_tiles * tile_size).sort(dim=-1)
-    strength = strength.gather(-1, order)
-    tile = row // tile_size
-    bits = torch.ones_like(row) << (row % tile_size)
-    # what a tile has of a column is a run: the first of a run learns what all of it hold
-    is_first = torch.ones_like(tile, dtype=torch.bool)
-    is_first[..., 1:] = tile[..., 1:] != tile[..., :-1]
-    reach = 1
-    while reach < min(width, tile_size):
-        is_same = tile[..., reach:] == tile[..., :-reach]
-        later = torch.where(is_same, bits[..., reach:], 0)
-        bits = torch.cat([bits[..., :-reach] | later, bits[..., -reach:]], dim=-1)
-        later = torch.where(is_same, strength[..., reach:], -torch.inf)
-        strength = torch.cat(
-            [torch.maximum(strength[..., :-reach], later), strength[..., -reach:]], dim=-1
-        )
-        reach *= 2
-    pair = torch.where(is_first, tile, num_tiles) << 32 | _descending(strength)
-    pair, place = pair.flatten(1).sort(dim=-1, stable=True)
-    bound = torch.arange(num_tiles + 1, device=device) << 32
-    bound = torch.searchsorted(pair, bound.expand(heads, -1).contiguous())
-    count = (bound[:, 1:] - bound[:, :-1]).clamp(max=longest)
-    slot = torch.arange(longest, device=device)
-    is_kept = slot < count.unsqueeze(-1)
-    taken = (bound[:, :-1].unsqueeze(-1) + slot).clamp(max=pair.shape[-1] - 1)
-    place = place.gather(-1, taken.flatten(1)).view(taken.shape)
-    key = torch.where(is_kept, place // width, num_keys)
-    key, order = key.sort(dim=-1)
-    bits = bits.flatten(1).gather(-1, place.flatten(1)).view(taken.shape).gather(-1, order)
-    return key.clamp(max=num_keys - 1), bits, count
-
-
-def _descending(strength: torch.Tensor) -> torch.Tensor:
-    """Return int64 from 0 to 2^32 - 1 that descend as float32 values ascend."""
-    bits = strength.contiguous().view(torch.int32).long()
-    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # from -2^31
-    return (1 << 31) - 1 - ascending

@@ -18,7 +18,7 @@ SPECS = {
     "butterfly": "butterfly(block_size=6)",
     "count_sketch": (
         "count_sketch(tau=3, positive_only=True, center=True, repetitions=5, width=4, keep=3, "
-        "search='sketch', max_keys_per_tile=6, tile_size=9, max_bytes=70000)"
+        "search='sketch', max_keys_per_tile=6, tile_size=9, max_bytes=70000, decoder='torch')"
     ),
     "dilated": "dilated(width=6, dilation=3)",
     "expander_sketch": (
@@ -30,6 +30,11 @@ SPECS = {
     "kmeans": (
         "kmeans(tile_size=9, num_means=2, chunk_size=18, block_size=6, num_blocks=2, num_steps=3, "
         "batch_size=20)"
+    ),
+    "learned_count_sketch": (
+        "learned_count_sketch(tau=3, positive_only=True, center=True, repetitions=5, width=4, "
+        "keep=3, search='sketch', max_keys_per_tile=6, tile_size=9, max_bytes=70000, "
+        "num_unique=7, oracle='leverage', decoder='torch')"
     ),
     "lsh_topk": "lsh_topk(num_rounds=2, keep=3, num_keys=6, num_buckets=8, reach=9, tile_size=9)",
     "oracle": "oracle(budget=6)",

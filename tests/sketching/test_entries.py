@@ -80,7 +80,10 @@ def by_hand(
                 pairs = best[i // tile_size]
                 pairs[key] = max(pairs.get(key, -float("inf")), s)
         for tile, pairs in enumerate(best):
-            kept = sorted(pairs, key=lambda key: (-pairs[key], key))[:max_keys]
+            # under a causal mask the keys of the tile itself stand last, the first of them first
+            begin = tile * tile_size + num_keys - num_rows if is_causal else num_keys
+            rank = {key: (key >= begin, -pairs[key] * (key < begin), key) for key in pairs}
+            kept = sorted(pairs, key=rank.__getitem__)[:max_keys]
             lists[head, tile, kept] = True
         for i, key in held:
             dense[head, i, key] = lists[head, i // tile_size, key]

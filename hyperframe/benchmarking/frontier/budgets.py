@@ -115,6 +115,7 @@ LEFT_OUT = {
     "block_list": "a pattern of the user's own",
     "count_sketch": "holds what is heavy by its definition, not a number of keys",
     "expander_sketch": "holds what is heavy by its definition, not a number of keys",
+    "learned_count_sketch": "holds what is heavy by its definition, not a number of keys",
     "oracle": "a yardstick, quadratic and with a list for every row",
     "union": "made of the others",
 }
