@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import torch
 
-from .positional import POSITION_TILE, tile_ends
 from .errors import UnsupportedError
 from .masks import HeavyMask
 from .plan import TilePlan
+from .positional import POSITION_TILE, tile_ends
 from .samples import SampleDraw
 from .state import AttentionState
 

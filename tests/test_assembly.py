@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperframe import HyperAttention, hyper_attention, kernels
-from hyperframe.positional import POSITION_TILE
 from hyperframe.detectors import create
 from hyperframe.errors import ArgumentError, UnsupportedError
+from hyperframe.positional import POSITION_TILE
 from hyperframe.samplers import Uniform
 from hyperframe.samplers import create as create_sampler
 from hyperframe.samples import KeySample
