@@ -71,7 +71,9 @@ class ApproxD(AbstractEstimator):
     mask; `causal_approx_d` is Algorithm 4 for the row sums alone.
 
     Args:
-        epsilon: the accuracy asked for, which scales the caps.
+        epsilon: the accuracy asked for, which scales the caps; `"auto"` is what `m` samples can
+            promise at best, `(kappa^7 log n / m)^(1/6)` and at most 1 (Lemma 1's order with an
+            alpha of 1), by the `kappa` that is given or estimated.
         kappa: a number of at least 1, or `"auto"`.
         cap_factor: the constant behind the Theta of `C_i`.
         cap_attention: also cap the samples in the normaliser of an attention, whose numerator is
@@ -100,7 +102,7 @@ class ApproxD(AbstractEstimator):
     takes_stream: ClassVar[bool] = True
     uses_queries: ClassVar[bool] = True
 
-    epsilon: float = 0.5
+    epsilon: float | str = 0.5
     kappa: float | str = "auto"
     cap_factor: float = 32.0
     cap_attention: bool = False
@@ -110,7 +112,10 @@ class ApproxD(AbstractEstimator):
 
     def __post_init__(self) -> None:
         """Check the parameters."""
-        check_positive_number(self, "epsilon", self.epsilon)
+        if isinstance(self.epsilon, str):
+            check_choice(self, "epsilon", self.epsilon, ("auto",))
+        else:
+            check_positive_number(self, "epsilon", self.epsilon)
         if isinstance(self.kappa, str):
             check_choice(self, "kappa", self.kappa, ("auto",))
         elif check_positive_number(self, "kappa", self.kappa) < 1:
@@ -196,23 +201,32 @@ class ApproxD(AbstractEstimator):
             if self.center:
                 unit = unit + mean_logits(query, key, mask, scale=scale)
             sums = log_unmasked_sums(query, key, mask, rows, scale=scale)
-            floor = self._log_floor(sums - unit.gather(-1, rows), rows, mask) + unit
+            floor, log_kappa = self._log_floor(sums - unit.gather(-1, rows), rows, mask)
+            floor = floor + unit
             floor = floor.masked_fill(~is_sampled, _NEG_INF)
             if not is_capped:
                 return RowSumRule(log_floor=floor)
             known = torch.logaddexp(log_masked_sums(query, key, plans, scale=scale), floor)
-        constant = math.log(self.cap_factor) + 2 * math.log(self.epsilon) + math.log(num_samples)
         length = visible.clamp(min=2).to(dtype)
-        cap = constant - torch.log(length * length.log()) + known
+        square: torch.Tensor | float  # log epsilon^2
+        if isinstance(self.epsilon, str):
+            square = (7 * log_kappa + length.log().log() - math.log(num_samples)) / 3
+            square = square.clamp(max=0)
+        else:
+            square = 2 * math.log(self.epsilon)
+        constant = math.log(self.cap_factor) + math.log(num_samples)
+        cap = constant + square - torch.log(length * length.log()) + known
         # where nothing is known of a row, nothing says what is too much
         cap = torch.where(is_sampled & (known > _NEG_INF), cap, torch.inf)
         return RowSumRule(log_cap=cap, log_floor=floor)
 
-    def _log_floor(self, sums: torch.Tensor, rows: torch.Tensor, mask: HeavyMask) -> torch.Tensor:
-        """Return `log(tau / kappa)` from the unmasked sums of T.
+    def _log_floor(
+        self, sums: torch.Tensor, rows: torch.Tensor, mask: HeavyMask
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `log(tau / kappa)` and `log kappa` from the unmasked sums of T.
 
         Returns:
-            `[batch, query_heads, n_q]`, or one for all rows; `-inf` where T says nothing.
+            `[batch, query_heads, n_q]`, or one for all rows; `-inf` and `inf` where T says nothing.
         """
         low = torch.where(sums > _NEG_INF, sums, torch.inf)
         length = torch.full((1,), mask.num_queries, device=rows.device)
@@ -232,9 +246,14 @@ class ApproxD(AbstractEstimator):
             count = (sums > _NEG_INF).sum(dim=-1, keepdim=True)
             top, low = sums.amax(dim=-1, keepdim=True), low.amin(dim=-1, keepdim=True)
         if not isinstance(self.kappa, str):
-            return top - math.log(self.kappa)
+            log_kappa = math.log(self.kappa)
+            return top - log_kappa, torch.full_like(top, log_kappa)
         # extremes of n numbers with exponential tails grow like log n
         length, count = length.to(sums.dtype), count.to(sums.dtype)
         reach = (length.log() / count.clamp(min=_FEWEST_ROWS).log()).clamp(min=1)
-        floor = top - reach * (top - low)
-        return torch.where(count >= _FEWEST_ROWS, floor, _NEG_INF)
+        is_known = count >= _FEWEST_ROWS
+        spread = reach * (top - low)
+        return (
+            torch.where(is_known, top - spread, _NEG_INF),
+            torch.where(is_known, spread, torch.inf),
+        )

@@ -324,6 +324,30 @@ def test_centred_bounds_do_not_see_a_shift_of_all_keys() -> None:
             assert torch.allclose(two, one + per_row) == center
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_epsilon_auto_is_what_so_many_samples_promise(is_causal: bool) -> None:
+    query, key, _ = tensors(40, 40, sharpness=3.0)
+    mask = random_mask(40, 40, 0.05, is_causal=is_causal)
+
+    def row_sums(**options: Any) -> torch.Tensor:
+        estimator = ApproxD(center=False, cap_factor=4.0, **options)
+        return estimator.row_sums(
+            query, key, mask, scale=0.7, num_samples=10, generator=generator(1)
+        ).log_sum
+
+    # kappa = 1: (log n / m)^(1/6) with the number of keys that a row sees
+    length = torch.arange(1, 41).clamp(min=2).double() if is_causal else torch.full((40,), 40.0)
+    promised = (length.log() / 10) ** (1 / 6)
+    assert promised.max() < 1
+    found = row_sums(epsilon="auto", kappa=1.0)
+    for row in (12, 25, 39):
+        given = row_sums(epsilon=promised[row].item(), kappa=1.0)
+        torch.testing.assert_close(found[:, :, row], given[:, :, row], rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(found, row_sums(epsilon=1.0, kappa=1.0))
+    # more is never promised than 1
+    assert torch.equal(row_sums(epsilon="auto", kappa=30.0), row_sums(epsilon=1.0, kappa=30.0))
+
+
 def test_on_sharp_inputs_caps_halve_the_square_error_of_row_sums() -> None:
     # few entries carry the unmasked rest, which uniform columns miss or overcount. measured, mean
     # square relative errors on seeds 0..3: 0.27 to 0.33 with caps, 0.63 to 1.64 without
@@ -520,7 +544,7 @@ def test_low_precision_inputs_have_float32_row_sums(dtype: torch.dtype) -> None:
     "options, error, words",
     [
         ({"epsilon": 0.0}, ArgumentError, "approx_d: epsilon=0.0"),
-        ({"epsilon": "half"}, ArgumentTypeError, "approx_d: epsilon='half'"),
+        ({"epsilon": "half"}, ArgumentError, "approx_d: epsilon='half'"),
         ({"epsilon": math.inf}, ArgumentError, "approx_d: epsilon=inf"),
         ({"kappa": 0.5}, ArgumentError, "approx_d: kappa=0.5 is below 1: .* at least 1, or 'auto'"),
         ({"kappa": -1}, ArgumentError, "approx_d: kappa=-1"),
@@ -546,6 +570,7 @@ def test_bad_parameters_are_refused_by_name(
     [
         "approx_d",
         "approx_d(epsilon=0.3)",
+        "approx_d(epsilon='auto')",
         "approx_d(kappa=20.0)",
         "approx_d(num_rows=64, center=False, strict=True)",
     ],
