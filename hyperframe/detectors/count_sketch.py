@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from ..sketching.decoders import DECODERS, choose_decoder
 from ..sketching.dyadic import MAX_REPETITIONS, RowSearch, repetitions_for
 from .entry_detector import AbstractEntryDetector, CandidateSearch
 
-__all__ = ["CountSketch"]
+__all__ = ["CountSketch", "check_descent"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,16 +92,7 @@ class CountSketch(AbstractEntryDetector):
     def __post_init__(self) -> None:
         """Check the parameters."""
         super().__post_init__()
-        if self.repetitions is not None:
-            check_positive_int(self, "repetitions", self.repetitions)
-            if self.repetitions > MAX_REPETITIONS:
-                raise ArgumentError(
-                    f"{self.name}: repetitions={self.repetitions} is too large: their scores share "
-                    f"a byte; pass at most {MAX_REPETITIONS}."
-                )
-        check_positive_number(self, "width", self.width)
-        check_positive_number(self, "keep", self.keep)
-        check_choice(self, "decoder", self.decoder, DECODERS)
+        check_descent(self)
 
     def _sketch_rows(self, num_queries: int, tau: float) -> int:
         return sketches.sketch_size(num_queries, *self._sizes(num_queries, tau))
@@ -135,3 +127,18 @@ class CountSketch(AbstractEntryDetector):
             levels = len(sketches.level_sizes(num_queries, width))
             repetitions = repetitions_for(num_queries**-2, levels) or MAX_REPETITIONS
         return width, repetitions
+
+
+def check_descent(detector: Any) -> None:
+    """Check the parameters `repetitions`, `width`, `keep` and `decoder` of a detector."""
+    repetitions = detector.repetitions
+    if repetitions is not None:
+        check_positive_int(detector, "repetitions", repetitions)
+        if repetitions > MAX_REPETITIONS:
+            raise ArgumentError(
+                f"{detector.name}: repetitions={repetitions} is too large: their scores share a "
+                f"byte; pass at most {MAX_REPETITIONS}."
+            )
+    check_positive_number(detector, "width", detector.width)
+    check_positive_number(detector, "keep", detector.keep)
+    check_choice(detector, "decoder", detector.decoder, DECODERS)

@@ -18,7 +18,7 @@ from ..sketching.columns import ColumnProblem, exact_rows
 from ..sketching.entries import entry_mask, find_entries_exactly, verified
 from .base import AbstractDetector, default_scale
 
-__all__ = ["AbstractEntryDetector", "CandidateSearch"]
+__all__ = ["AbstractEntryDetector", "CandidateSearch", "centred_keys"]
 
 CandidateSearch = Callable[[torch.Tensor], torch.Tensor]
 """From some scaled keys, `[heads, columns, d]`, to distinct rows `[heads, columns, C]` or -1."""
@@ -120,7 +120,7 @@ class AbstractEntryDetector(AbstractDetector):
         num_queries, num_keys = query.shape[2], key.shape[2]
         tau = self._tau(num_queries)
         direction = -1.0 if scale < 0 else 1.0
-        problem = ColumnProblem.of(query, _centred(key, is_causal) if self.center else key)
+        problem = ColumnProblem.of(query, centred_keys(key, is_causal) if self.center else key)
         sign = direction if self.positive_only else None
         # no more can be heavy; rounding may let one more in where tau is a whole number
         limit = max(1, math.floor(min(num_queries, tau * 1.001)))
@@ -178,7 +178,7 @@ class AbstractEntryDetector(AbstractDetector):
         return min(num_keys, max(self.tile_size, _LIST_BYTES // (_BYTES_PER_KEY * tiles)))
 
 
-def _centred(key: torch.Tensor, is_causal: bool) -> torch.Tensor:
+def centred_keys(key: torch.Tensor, is_causal: bool) -> torch.Tensor:
     """Return keys less their mean; under `is_causal` less that of the keys before each one.
 
     Keys that are not finite stay so, and count as zeros in the means.

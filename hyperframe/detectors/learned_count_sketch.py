@@ -12,24 +12,21 @@ from typing import Any, ClassVar
 import torch
 
 from ..component import (
-    check_choice,
     check_fraction,
     check_non_negative_int,
-    check_positive_int,
-    check_positive_number,
 )
 from ..errors import ArgumentError, ArgumentTypeError
 from ..masks import EntryMask
 from ..sketching import count_sketch as sketches
 from ..sketching.columns import ColumnProblem
-from ..sketching.decoders import DECODERS, choose_decoder
-from ..sketching.dyadic import MAX_REPETITIONS, RowSearch
+from ..sketching.decoders import choose_decoder
+from ..sketching.dyadic import RowSearch
 from ..sketching.entries import find_entries_exactly
 from ..sketching.row_oracle import RowOracle, centred_norms, leverages
 from ..sketching.row_oracle_file import load_oracle, save_oracle
 from ..validation import check_inputs
-from .count_sketch import CountSketch
-from .entry_detector import AbstractEntryDetector, CandidateSearch, _centred
+from .count_sketch import CountSketch, check_descent
+from .entry_detector import AbstractEntryDetector, CandidateSearch, centred_keys
 
 __all__ = ["LearnedCountSketch"]
 
@@ -102,16 +99,7 @@ class LearnedCountSketch(AbstractEntryDetector):
     def __post_init__(self) -> None:
         """Check the parameters, and read the oracle."""
         super().__post_init__()
-        if self.repetitions is not None:
-            check_positive_int(self, "repetitions", self.repetitions)
-            if self.repetitions > MAX_REPETITIONS:
-                raise ArgumentError(
-                    f"{self.name}: repetitions={self.repetitions} is too large: their scores share "
-                    f"a byte; pass at most {MAX_REPETITIONS}."
-                )
-        check_positive_number(self, "width", self.width)
-        check_positive_number(self, "keep", self.keep)
-        check_choice(self, "decoder", self.decoder, DECODERS)
+        check_descent(self)
         if isinstance(self.num_unique, float):
             check_fraction(self, "num_unique", self.num_unique, include_zero=True)
         else:
@@ -182,7 +170,7 @@ class LearnedCountSketch(AbstractEntryDetector):
             )
         with torch.no_grad():
             problems = [
-                ColumnProblem.of(q, _centred(k, is_causal) if detector.center else k)
+                ColumnProblem.of(q, centred_keys(k, is_causal) if detector.center else k)
                 for q, k in zip(queries, keys, strict=True)
             ]
             oracle = RowOracle.fit(

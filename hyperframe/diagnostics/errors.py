@@ -8,7 +8,7 @@ from ..errors import ArgumentError
 from ..kernels.exact import exact_output
 from ..validation import check_inputs, check_scale
 
-__all__ = ["relative_error"]
+__all__ = ["exact_for", "relative_error"]
 
 
 def relative_error(
@@ -39,6 +39,17 @@ def relative_error(
     """
     query, key, value = check_inputs(query, key, value)
     dtype = torch.promote_types(query.dtype, torch.float32)
+    exact = exact_for(query, key, value, out, scale=scale, is_causal=is_causal, dtype=dtype)
+    difference = (out.to(dtype) - exact).flatten(2).norm(dim=-1)
+    error: torch.Tensor = difference / exact.flatten(2).norm(dim=-1)
+    return error
+
+
+def exact_for(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, *,
+    scale: float | None, is_causal: bool, dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """Return exact attention in a dtype, for an output to be judged by; refuse other shapes."""
     exact = exact_output(
         query.to(dtype), key.to(dtype), value.to(dtype),
         scale=check_scale(scale, query.shape[-1]), is_causal=is_causal,
@@ -48,6 +59,4 @@ def relative_error(
             f"out: shape {tuple(out.shape)} is not that of the attention output, "
             f"{tuple(exact.shape)} [batch, query_heads, n_q, d_v]; pass the output of the same call"
         )
-    difference = (out.to(dtype) - exact).flatten(2).norm(dim=-1)
-    error: torch.Tensor = difference / exact.flatten(2).norm(dim=-1)
-    return error
+    return exact

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..errors import ArgumentError
-from ..kernels.exact import exact_output
 from ..ragged import spread_heads
-from ..validation import check_inputs, check_scale
+from ..validation import check_inputs
 from .columns import column_squares
+from .errors import exact_for
 from .operators import narrow_norms, weighted_norms
 from .scores import Scores, log_sums
 
@@ -58,16 +58,7 @@ def spectral_error(
     scores = Scores.of(query, key, scale=scale, is_causal=is_causal, dtype=dtype)
     work = scores.query.dtype
     with torch.no_grad():
-        exact = exact_output(
-            query.to(work), key.to(work), value.to(work),
-            scale=check_scale(scale, query.shape[-1]), is_causal=is_causal,
-        )  # fmt: skip
-        if out.shape != exact.shape:
-            raise ArgumentError(
-                f"out: shape {tuple(out.shape)} is not that of the attention output, "
-                f"{tuple(exact.shape)} [batch, query_heads, n_q, d_v]; pass the output of the "
-                "same call"
-            )
+        exact = exact_for(query, key, value, out, scale=scale, is_causal=is_causal, dtype=work)
         wrong = narrow_norms(out.to(work) - exact)
         values = spread_heads(narrow_norms(value), query.shape[1])
     weight = torch.ones_like(wrong)[:, :, None, None].expand(-1, -1, scores.num_queries, 1)
