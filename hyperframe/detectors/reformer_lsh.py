@@ -9,13 +9,13 @@ import torch
 
 from ..component import check_positive_int
 from ..errors import ArgumentError
-from ..kernels.hashing import HashOrders, rounded_planes
-from ..masks import HeavyMask, UnionMask
+from ..kernels.hashing import rounded_planes
+from ..masks import HeavyMask
 from ..precision import without_autocast
 from ..ragged import spread_heads
 from ..randomness import normal
 from .base import AbstractDetector
-from .sort_lsh import block_mask, bucket_mask, placed_mask
+from .hash_rounds import mask_of_rounds, placed_rounds
 
 __all__ = ["ReformerLSH", "rotation_codes"]
 
@@ -97,22 +97,11 @@ class ReformerLSH(AbstractDetector):
         is_causal: bool = False, generator: torch.Generator | None = None,
     ) -> HeavyMask:  # fmt: skip
         """Return one mask for each round; see the class and `AbstractDetector.find`."""
-        num_queries, num_keys = query.shape[2], key.shape[2]
-        codes = self._codes(query, key, generator)
-        if is_causal and num_keys > self.block_size:
-            bits = (self.num_buckets - 1).bit_length()
-            return UnionMask.of(
-                *(bucket_mask(*pair, block_size=self.block_size, num_bits=bits) for pair in codes)
-            )
-        everything = ((0, num_queries, 0, num_keys),)
-        return UnionMask.of(
-            *(
-                block_mask(
-                    _orders(*pair), everything, block_size=self.block_size, is_causal=is_causal
-                )
-                for pair in codes
-            )
-        )
+        return mask_of_rounds(
+            self._codes(query, key, generator), num_queries=query.shape[2],
+            num_keys=key.shape[2], block_size=self.block_size,
+            num_bits=(self.num_buckets - 1).bit_length(), is_causal=is_causal,
+        )  # fmt: skip
 
     def find_strict(
         self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
@@ -123,7 +112,7 @@ class ReformerLSH(AbstractDetector):
         if is_causal:
             return self.find(query, key, is_causal=True, generator=generator)
         codes = self._codes(query, key, generator)
-        return UnionMask.of(*(placed_mask(*pair, block_size=self.block_size) for pair in codes))
+        return placed_rounds(codes, block_size=self.block_size)
 
     def _codes(
         self, query: torch.Tensor, key: torch.Tensor, generator: torch.Generator | None
@@ -140,13 +129,3 @@ class ReformerLSH(AbstractDetector):
                 )
                 for rotation in rotations
             ]
-
-
-def _orders(query_code: torch.Tensor, key_code: torch.Tensor) -> HashOrders:
-    """Sort rows and keys by bucket, then by position."""
-    query_order, key_order = (
-        code.sort(dim=-1, stable=True).indices.int().unsqueeze(0) for code in (query_code, key_code)
-    )
-    place = torch.arange(key_code.shape[-1], dtype=torch.int32, device=key_code.device)
-    rank = torch.empty_like(key_order).scatter_(-1, key_order.long(), place.expand_as(key_order))
-    return HashOrders(query_order, key_order, rank)

@@ -12,11 +12,10 @@ import torch
 from ...budget import check_budget, resolve_budget
 from ...component import check_positive_int
 from ...errors import ArgumentError
-from ...kernels.hashing import HashOrders
-from ...masks import HeavyMask, UnionMask
+from ...masks import HeavyMask
 from ...precision import without_autocast
 from ..base import AbstractDetector
-from ..sort_lsh import block_mask, bucket_mask, placed_mask
+from ..hash_rounds import mask_of_rounds, placed_rounds
 from .functions import asks_for, can_look_at, detector_of, grouped
 
 __all__ = ["AbstractCodes", "from_codes"]
@@ -88,20 +87,11 @@ class AbstractCodes(AbstractDetector):
         is_causal: bool = False, generator: torch.Generator | None = None,
     ) -> HeavyMask:  # fmt: skip
         """Return one mask for each round; see the class and `AbstractDetector.find`."""
-        num_queries, num_keys, size = query.shape[2], key.shape[2], self._block_size(key)
-        rounds = self._rounds(query, key, generator)
-        if is_causal and num_keys > size:
-            masks = [
-                bucket_mask(*codes, block_size=size, num_bits=self.num_bits) for codes in rounds
-            ]
-            return UnionMask.of(*masks)
-        whole = ((0, num_queries, 0, num_keys),)
-        return UnionMask.of(
-            *(
-                block_mask(_orders(*codes), whole, block_size=size, is_causal=is_causal)
-                for codes in rounds
-            )
-        )
+        return mask_of_rounds(
+            self._rounds(query, key, generator), num_queries=query.shape[2],
+            num_keys=key.shape[2], block_size=self._block_size(key), num_bits=self.num_bits,
+            is_causal=is_causal,
+        )  # fmt: skip
 
     def find_strict(
         self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
@@ -111,9 +101,8 @@ class AbstractCodes(AbstractDetector):
         """Return masks in which a row's keys depend on its own query alone."""
         if is_causal:
             return self.find(query, key, is_causal=True, generator=generator)
-        size = self._block_size(key)
         rounds = self._rounds(query, key, generator)
-        return UnionMask.of(*(placed_mask(*codes, block_size=size) for codes in rounds))
+        return placed_rounds(rounds, block_size=self._block_size(key))
 
     def _block_size(self, key: torch.Tensor) -> int:
         return max(1, resolve_budget(self.num_keys, key.shape[2]) // self.num_rounds)
@@ -185,13 +174,3 @@ def from_codes(
         tensors={("query", "key")}, given={"generator"},
         attributes={"takes_stream": not asks_for(function, "generator")},
     )  # fmt: skip
-
-
-def _orders(query_code: torch.Tensor, key_code: torch.Tensor) -> HashOrders:
-    """Sort rows and keys by code, then by position."""
-    query_order, key_order = (
-        code.sort(dim=-1, stable=True).indices.int().unsqueeze(0) for code in (query_code, key_code)
-    )
-    place = torch.arange(key_code.shape[-1], dtype=torch.int32, device=key_code.device)
-    rank = torch.empty_like(key_order).scatter_(-1, key_order.long(), place.expand_as(key_order))
-    return HashOrders(query_order, key_order, rank)
