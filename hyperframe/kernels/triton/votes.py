@@ -16,8 +16,11 @@ import triton
 import triton.language as tl
 
 from .common import LOG2_E, load_rows
+from .forward import finite
 
 NUM_ROWS: tl.constexpr = tl.constexpr(64)  # of a tile of voters
+
+FARTHEST: tl.constexpr = tl.constexpr(96.0)  # above a shift, in log2 units: 2^31 terms still fit
 
 
 @triton.jit
@@ -168,7 +171,10 @@ def normalisers_kernel(
             q, k_ptr, k_row, bias_ptr, start + lane, num_keys, factor, D, BLOCK_D, HAS_BIAS, WIDE,
             PRECISION,
         )  # fmt: skip
-        top, total = add_block(logits, top, total)
+        # the first block's maximum serves them all, up to where the sum would overflow: no exchange
+        if start == first:
+            top = finite(tl.max(logits, 1))
+        total += tl.sum(tl.exp2(tl.minimum(logits - top[:, None], FARTHEST)), 1)
     for start in range(middle, end, BLOCK_N):
         key = start + lane
         logits = block_scores(
