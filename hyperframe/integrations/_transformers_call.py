@@ -1,13 +1,12 @@
 """The attention function that transformers calls: one layer of one forward pass.
 
 A *route* hangs on each attention module of a model (an attribute, so that models never share
-state): which layer it is, whether it is approximated, and the settings of its model. A module
+state): which layer it is, what serves its heads, and the settings of its model. A module
 without a route, for example the other stack of an encoder-decoder, gets exact attention.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,64 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..randomness import Stream, fold_in
 from ._exact import dense_attention, exact_attention
-from ._transformers_rows import RowGroup, RowMemory, packed_rows
+from ._transformers_layers import window_of
+from ._transformers_refusals import cut_to_mask, refuse_arguments, refuse_patterns
+from ._transformers_routes import (
+    ROUTE_ATTRIBUTE,
+    AttentionCall,
+    HeadPart,
+    Route,
+    Settings,
+    by_heads,
+    source,
+)
+from ._transformers_rows import RowGroup, packed_rows, within_pieces
 
-__all__ = ["AttentionCall", "Route", "Settings", "hyperframe_attention"]
-
-ROUTE_ATTRIBUTE = "_hyperframe_route"
-
-#: arguments that change what attention computes, none of which is implemented here
-_REFUSED = {
-    "softcap": "logits are squashed before the softmax, which no kernel here does",
-    "s_aux": "attention sinks with their own logit are not part of the softmax here",
-    "sinks": "attention sinks with their own logit are not part of the softmax here",
-    "position_bias": "a bias per query and key would need the full attention matrix",
-    "cache": "a paged cache (continuous batching) is not supported",
-    "head_mask": "attention weights are never formed, so heads cannot be masked",
-    "indices": "the model selects its own keys",
-    "block_indices": "the model selects its own keys",
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionCall:
-    """What one attention call was and how long it took; given to the `observer` of `apply`.
-
-    Attributes:
-        layer_idx: the layer.
-        n_q: number of queries.
-        n_k: number of keys (real ones; the unused tail of a static cache counts only in decode).
-        exact: True when the layer was left exact, or decodes one token. An approximated call that
-            falls below its own `min_seq_len` counts as approximated.
-        seconds: wall time of the attention alone; on a GPU the device is synchronised before and
-            after.
-    """
-
-    layer_idx: int
-    n_q: int
-    n_k: int
-    exact: bool
-    seconds: float
-
-
-@dataclasses.dataclass(kw_only=True)
-class Settings:
-    """What the layers of one `apply` share."""
-
-    attention: Callable[..., Tensor]
-    observer: Callable[[AttentionCall], None] | None = None
-    rows: RowMemory = dataclasses.field(default_factory=RowMemory)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Route:
-    """How one attention module is served."""
-
-    layer_idx: int
-    approximate: bool
-    settings: Settings
+__all__ = ["hyperframe_attention"]
 
 
 def hyperframe_attention(
@@ -103,46 +59,61 @@ def hyperframe_attention(
     Returns:
         `([batch, n_q, heads, d_v], None)`: the weights are never formed.
 
+    Where a sliding window or chunk of the layer is shorter than the keys, the layer is computed
+    exactly, with its window.
+
     Raises:
-        UnsupportedError: for dropout, softcap, sinks, biases, paged caches, sliding windows shorter
-            than the keys, 4-D masks on an approximated layer, requested attention weights.
+        UnsupportedError: for dropout, softcap, sinks, biases, paged caches, a window that no mask
+            holds, 4-D masks on an approximated layer, requested attention weights.
     """
     route: Route | None = getattr(module, ROUTE_ATTRIBUTE, None)
     layer = route.layer_idx if route is not None else getattr(module, "layer_idx", None)
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else bool(is_causal)
-    _refuse(layer, dropout, kwargs)
-    approximate = route is not None and route.approximate and query.shape[2] > 1
+    refuse_arguments(layer, dropout, kwargs)
     if attention_mask is not None and attention_mask.dim() == 2:
-        key, value = _cut_to_mask(layer, key, value, attention_mask)
+        key, value = cut_to_mask(layer, key, value, attention_mask)
     n_q, n_k = query.shape[2], key.shape[2]
-    _refuse_patterns(layer, approximate, attention_mask, kwargs.get("sliding_window"), n_k)
+    window = kwargs.get("sliding_window") or window_of(module)
+    binds = window is not None and window < n_k
+    approximate = route is not None and route.approximate and n_q > 1
+    if approximate and binds and attention_mask is not None and attention_mask.dim() != 2:
+        # the mask holds the window, and the caller's padding
+        assert route is not None
+        route.settings.left_exact[route.layer_idx] = (
+            f"its window of {window} keys is shorter than the {n_k} keys of the call"
+        )
+        approximate = False
+    refuse_patterns(layer, approximate, attention_mask, kwargs.get("sliding_window"), n_k)
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, start: int, row: int
     ) -> Tensor:
+        common: dict[str, Any] = {"is_causal": causal, "scale": scaling, "key_padding_mask": real}
         if route is None or not approximate or q.shape[2] == 1:
-            return exact_attention(q, k, v, is_causal=causal, scale=scaling, key_padding_mask=real)
-        generator = _source(module, route, query.device, n_k, start, row)
-        return route.settings.attention(
-            q,
-            k,
-            v,
-            is_causal=causal,
-            scale=scaling,
-            key_padding_mask=real,
-            generator=generator,
-        )
+            return exact_attention(q, k, v, **common)
+
+        def attend_part(part: HeadPart, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if part.attention is None:
+                return exact_attention(q, k, v, **common)
+            drawn = source(module, route, part, query.device, n_k, start, row)
+            return part.attention(q, k, v, generator=drawn, **common)
+
+        return by_heads(attend_part, route.parts, q, k, v)
 
     observer = route.settings.observer if route is not None else None
     started = _clock(query) if observer is not None else 0.0
-    if attention_mask is not None and attention_mask.dim() != 2:
-        out = dense_attention(query, key, value, attention_mask, scaling)
+    patterned = attention_mask is not None and attention_mask.dim() != 2
+    groups = None
+    # a caller's own pattern says all there is to say, one of a window nothing of packed sequences
+    if causal and n_q > 1 and (not patterned or (binds and _is_bool(attention_mask))):
+        settings = route.settings if route is not None else Settings()
+        memory = settings.windowed_rows if patterned else settings.rows
+        positions = _positions(layer, attention_mask, kwargs)
+        groups = packed_rows(memory, attention_mask, n_q, n_k, query.shape[0], positions)
+    if attention_mask is not None and patterned:
+        pattern = attention_mask if groups is None else within_pieces(attention_mask, groups)
+        out = dense_attention(query, key, value, pattern, scaling)
     else:
-        groups = None
-        if causal and n_q > 1:
-            memory = route.settings.rows if route is not None else RowMemory()
-            positions = _positions(layer, attention_mask, kwargs)
-            groups = packed_rows(memory, attention_mask, n_q, n_k, query.shape[0], positions)
         numbered = attention_mask is not None and attention_mask.dtype == torch.int32
         out = _by_rows(attend, groups, query, key, value, None if numbered else attention_mask)
     if observer is not None and route is not None:
@@ -158,64 +129,8 @@ def hyperframe_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _refuse(layer: int | None, dropout: float, kwargs: dict[str, Any]) -> None:
-    if dropout > 0.0:
-        raise UnsupportedError(
-            f"layer {layer} asks for dropout={dropout}: attention weights are never formed, so "
-            "they cannot be dropped. Set the model's attention dropout to 0 or call model.eval()."
-        )
-    for name, why in _REFUSED.items():
-        if kwargs.get(name) is not None:
-            shown = kwargs[name] if isinstance(kwargs[name], int | float) else "a tensor or object"
-            raise UnsupportedError(
-                f"layer {layer} asks for {name} ({shown}): {why}. Use another attention "
-                "implementation for this model, for example "
-                'model.set_attn_implementation("eager").'
-            )
-    if kwargs.get("output_attentions"):
-        raise UnsupportedError(
-            f"layer {layer} asks for output_attentions=True: attention weights are never formed. "
-            'Leave it out, or look at the weights with model.set_attn_implementation("eager").'
-        )
-
-
-def _refuse_patterns(
-    layer: int | None, approximate: bool, mask: Tensor | None, window: int | None, n_k: int
-) -> None:
-    """Refuses masks per query and key on approximated layers, and windows that no mask holds."""
-    patterned = mask is not None and mask.dim() != 2
-    if patterned and approximate and mask is not None:
-        raise UnsupportedError(
-            f"layer {layer} was given an attention_mask of shape {tuple(mask.shape)}: a pattern "
-            "per query and key (a 4-D mask of the caller, sliding_window or chunks shorter "
-            f"than the {n_k} keys, a model's own overlay) cannot be approximated. Pass a 2-D "
-            "padding mask, or leave this layer exact: apply(model, layers=[...])."
-        )
-    if window is not None and window < n_k and not patterned:
-        raise UnsupportedError(
-            f"layer {layer} asks for sliding_window={window}, shorter than its {n_k} keys, and no "
-            "mask says so. Use inputs no longer than the window, or another attention "
-            "implementation for this model."
-        )
-
-
-def _cut_to_mask(
-    layer: int | None, key: Tensor, value: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Drops the unused tail of a static cache: the mask ends with the last real position."""
-    width, n_k = mask.shape[-1], key.shape[2]
-    if width > n_k:
-        raise UnsupportedError(
-            f"layer {layer} was given attention_mask of width {width} for {n_k} keys: it is not "
-            "known which keys it speaks of. Pass a mask with one entry per key."
-        )
-    if mask.dtype not in (torch.bool, torch.int32):
-        raise UnsupportedError(
-            f"layer {layer} was given a 2-D attention_mask of dtype {mask.dtype}: this model does "
-            "not build its mask through transformers' mask interface. Pass a bool mask, True = "
-            "real key."
-        )
-    return (key, value) if width == n_k else (key[:, :, :width], value[:, :, :width])
+def _is_bool(mask: Tensor | None) -> bool:
+    return mask is not None and mask.dtype == torch.bool
 
 
 def _positions(layer: int | None, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
@@ -258,31 +173,6 @@ def _by_rows(
         ]
         whole = whole.index_copy(0, index, torch.cat(outs, dim=2))
     return whole
-
-
-def _source(
-    module: nn.Module, route: Route, device: torch.device, n_k: int, start: int, row: int
-) -> torch.Generator | Stream:
-    """The random numbers of one call: its own for each layer, chunk and packed sequence.
-
-    `row` is the first row of a group of rows that are packed alike, 0 where nothing is packed.
-
-    In eval mode they depend on the seed of the attention alone. In training, or with seed None,
-    fresh entropy comes from torch's global CPU generator, which `torch.utils.checkpoint` restores
-    when it recomputes a forward.
-    """
-    attention = route.settings.attention
-    seed = getattr(attention, "seed", 0)
-    entropy = 0
-    # not `and torch.is_grad_enabled()`: reentrant checkpointing runs its first forward without
-    # gradients and has to draw the same number there
-    if module.training or seed is None:
-        entropy = int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu"))
-    place = (start, row) if row else (start,)
-    mixed = fold_in(seed or 0, entropy, route.layer_idx, n_k, *place)
-    if getattr(attention, "takes_stream", False):
-        return Stream(mixed)
-    return torch.Generator(device=device).manual_seed(mixed)
 
 
 def _clock(tensor: Tensor) -> float:

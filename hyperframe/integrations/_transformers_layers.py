@@ -1,21 +1,20 @@
-"""Which modules of a model are attention layers, how they are numbered, and which are chosen."""
+"""Which modules of a model are attention layers, and what can be read off them."""
 
 from __future__ import annotations
 
+import functools
 import inspect
-import operator
 import re
 from collections.abc import Iterable
 
 from torch import nn
 
-from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from ..errors import UnsupportedError
 
-__all__ = ["attention_layers", "choose_layers"]
+__all__ = ["attention_layers", "key_heads", "layer_names", "window_of"]
 
 # cross-attention shares the layer_idx of the self-attention beside it, and stays exact
 _CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
-_RANGE = re.compile(r"(first|last):(\d+)")
 
 
 def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
@@ -32,7 +31,8 @@ def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
         UnsupportedError: there are none, or the model has several stacks.
     """
     kinds = {type(module) for module in model.modules()}
-    callers = {kind for kind in kinds if _calls_interface(kind)}
+    # mypy takes the hash of a class for that of its instances
+    callers = {kind for kind in kinds if _calls_interface(kind)}  # type: ignore[arg-type]
     found = [
         (name, module)
         for name, module in model.named_modules()
@@ -43,7 +43,8 @@ def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
     if not found:
         raise UnsupportedError(
             f"{type(model).__name__} has no attention module that goes through transformers' "
-            "AttentionInterface, so its attention cannot be replaced. Use a model that does."
+            f"AttentionInterface, so its attention cannot be replaced.{_about_alibi(model)} Use a "
+            "model that does."
         )
     indices = [getattr(module, "layer_idx", None) for _, module in found]
     if all(index is None for index in indices):
@@ -63,6 +64,15 @@ def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
     return layers
 
 
+def _about_alibi(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    own = getattr(config, "attn_config", config)
+    is_biased = getattr(own, "alibi", False) or getattr(config, "model_type", "") == "bloom"
+    added = " It adds a bias per query and key to the logits (ALiBi), which is not supported."
+    return added if is_biased else ""
+
+
+@functools.cache  # reading sources takes a third of a second a model
 def _calls_interface(kind: type) -> bool:
     """Whether a class looks its attention function up in the interface, by its source."""
     if hasattr(kind, "set_attn_implementation"):
@@ -79,60 +89,39 @@ def _calls_interface(kind: type) -> bool:
     return False
 
 
-def choose_layers(layers: str | Iterable[int], existing: list[int]) -> tuple[int, ...]:
-    """Resolves the `layers` argument of `apply`.
+def layer_names(model: nn.Module, modules: Iterable[nn.Module]) -> list[str]:
+    """The names of modules inside a model, as `model.named_modules()` has them.
 
-    Args:
-        layers: "all", "none", "first:N", "last:N", or layer indices; -1 is the last layer.
-        existing: the indices that the model has, ascending.
-
-    Returns:
-        The chosen indices, ascending, each once.
-
-    Example:
-        >>> choose_layers("last:2", [0, 1, 2, 3])
-        (2, 3)
-        >>> choose_layers([0, -1], [0, 1, 2, 3])
-        (0, 3)
+    A model that PEFT wraps is looked at without the wrapper, so that names stay what they were.
     """
-    shown = f"{existing[0]} to {existing[-1]}" if len(existing) > 4 else str(existing)
-    if isinstance(layers, str):
-        if layers in ("all", "none"):
-            return tuple(existing) if layers == "all" else ()
-        match = _RANGE.fullmatch(layers.replace(" ", ""))
-        if match is None:
-            raise ArgumentError(
-                f"layers={layers!r} is not understood: use 'all', 'none', 'first:N', 'last:N' or a "
-                "list of layer indices."
-            )
-        count = int(match[2])
-        if count > len(existing):
-            raise ArgumentError(
-                f"layers={layers!r} asks for {count} layers, but the model has {len(existing)} "
-                f"attention layers ({shown}). Ask for at most {len(existing)}, or for 'all'."
-            )
-        return tuple(existing[:count] if match[1] == "first" else existing[len(existing) - count :])
-    if not isinstance(layers, Iterable):
-        raise ArgumentTypeError(
-            f"layers={layers!r} must be a string or a list of layer indices; for one layer write "
-            f"layers=[{layers!r}]."
-        )
-    chosen: set[int] = set()
-    for item in layers:
-        try:
-            index = operator.index(item)
-        except TypeError:
-            index = None
-        if index is None or isinstance(item, bool):
-            raise ArgumentTypeError(
-                f"layers holds {item!r} of type {type(item).__name__}: layer indices are integers."
-            )
-        if -len(existing) <= index < 0:
-            index = existing[index]
-        if index not in existing:
-            raise ArgumentError(
-                f"layers holds {item!r}, but the model has {len(existing)} attention layers "
-                f"({shown}). Use those indices, or -{len(existing)} to -1."
-            )
-        chosen.add(index)
-    return tuple(sorted(chosen))
+    unwrap = getattr(model, "get_base_model", None)
+    inner = unwrap() if callable(unwrap) else model
+    named = {id(module): name for name, module in inner.named_modules()}
+    return [named.get(id(module), "") for module in modules]
+
+
+def key_heads(module: nn.Module, model: nn.Module) -> int | None:
+    """The number of key heads of an attention module, None where nothing tells it."""
+    config = getattr(module, "config", None) or getattr(model, "config", None)
+    for holder in (module, config):
+        for name in ("num_key_value_heads", "num_attention_heads", "num_heads"):
+            found = getattr(holder, name, None)
+            if isinstance(found, int):
+                return found
+    return None
+
+
+def window_of(module: nn.Module) -> int | None:
+    """The sliding window or chunk of an attention module, in keys; None where it sees them all."""
+    own: int | None = getattr(module, "sliding_window", None)
+    if own is not None:
+        return own
+    config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None or index is None or index >= len(kinds):
+        # models without kinds of layers pass the config's window to every one of them
+        window: int | None = getattr(config, "sliding_window", None) if kinds is None else None
+        return window
+    name = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    found: int | None = getattr(config, name.get(kinds[index], ""), None)
+    return found

@@ -74,6 +74,9 @@ def hyperframe_mask(
     causal = mask_function is None or mask_function is _masking.causal_mask_function
     bidirectional = mask_function is _masking.bidirectional_mask_function
     is_local = local_size is not None and local_size < kv_length
+    # chunks stand at multiples of their length, so they may part even the few keys that a cache of
+    # the last ones returns; a window holds those all
+    is_local |= local_size is not None and kv_offset > 0 and _has_chunks(mask_function)
     # and_masks without a caller's overlay: packed sequences, or a window that holds every key
     composed = not causal and not bidirectional and _is_and_masks(mask_function)
     plain = (causal and (allow_is_causal_skip or q_length == 1)) or composed
@@ -116,6 +119,14 @@ def hyperframe_mask(
 
 def _is_and_masks(mask_function: Callable[..., Tensor] | None) -> bool:
     return getattr(mask_function, "__qualname__", "").startswith("and_masks.")
+
+
+def _has_chunks(mask_function: Callable[..., Tensor] | None) -> bool:
+    cells = getattr(mask_function, "__closure__", None) or ()
+    held = [cell.cell_contents for cell in cells]
+    functions = [part for item in held for part in (item if isinstance(item, tuple) else (item,))]
+    names = (getattr(function, "__qualname__", "") for function in functions)
+    return any(name.startswith("chunked_overlay.") for name in names)
 
 
 def _unless_full(padding: Tensor) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 
-__all__ = ["RowGroup", "RowMemory", "packed_rows", "restarts", "row_groups"]
+__all__ = ["RowGroup", "RowMemory", "packed_rows", "restarts", "row_groups", "within_pieces"]
 
 #: rows of the batch that share the same cuts, and the pieces between those as (start, stop) pairs
 RowGroup = tuple[list[int], list[tuple[int, int]]]
@@ -55,7 +55,7 @@ def packed_rows(
     Args:
         memory: remembers the answer for the other layers of the same forward.
         mask: int32 `[batch, n_k]` with the number of each key's sequence, or bool `[batch, n_k]`
-            (True = real key), or None.
+            (True = real key), or bool `[batch, 1, n_q, n_k]` (True = attend), or None.
         n_q: number of queries.
         n_k: number of keys.
         batch_size: rows of the batch.
@@ -78,7 +78,7 @@ def packed_rows(
     if numbered:
         starts = nn.functional.pad(source[:, 1:] != source[:, :-1], (1, 0))
     else:
-        starts = restarts(source, None if mask is None else mask[:, n_k - n_q :])
+        starts = restarts(source, _real(mask, n_q, n_k))
     groups = row_groups(starts, batch_size)
     if groups is not None and n_q != n_k:
         raise UnsupportedError(
@@ -88,6 +88,32 @@ def packed_rows(
         )
     memory.store(source, mask, groups)
     return groups
+
+
+def _real(mask: Tensor | None, n_q: int, n_k: int) -> Tensor | None:
+    """Which of the queries are real tokens, bool `[batch, n_q]`; None when all are."""
+    if mask is None or mask.dim() == 2:
+        return None if mask is None else mask[:, n_k - n_q :]
+    # a real token attends to itself, whatever the pattern
+    return mask[:, 0].diagonal(n_k - n_q, -2, -1)
+
+
+def within_pieces(mask: Tensor, groups: list[RowGroup]) -> Tensor:
+    """A pattern without the entries between different packed sequences.
+
+    Args:
+        mask: bool `[batch, 1, n, n]`.
+        groups: as `packed_rows` returns them.
+
+    Returns:
+        A new mask of the same shape.
+    """
+    number = torch.zeros(mask.shape[0], mask.shape[-1], dtype=torch.int32)
+    for rows, pieces in groups:
+        for piece, (start, stop) in enumerate(pieces):
+            number[rows, start:stop] = piece
+    number = number.to(mask.device)
+    return mask & (number[:, None, :, None] == number[:, None, None, :])
 
 
 def restarts(position_ids: Tensor, real: Tensor | None) -> Tensor:

@@ -14,11 +14,15 @@ puts the former implementation back.
     >>> applied.layers, applied.all_layers
     ((1, 2), (0, 1, 2))
 
+Which layers and heads attend how may also be a *policy*, a value or a small JSON file beside the
+weights (`hyperframe.integrations.policy`): `apply(model, policy=folder)`.
+
 Padding on either side, packed `position_ids`, static and dynamic caches, prefill in chunks,
 decoding and grouped-query attention work, in encoders (`is_causal=False`) as in decoders; dropout,
 softcap, sinks with their own logit, position biases, paged caches and, on approximated layers,
-masks per query and key are refused by name. Packed sequences are separated in causal models only,
-as transformers does.
+masks per query and key are refused by name. A layer whose sliding window or chunk is shorter than
+the keys stays exact, with its window; the handle says which and why. Packed sequences are separated
+in causal models only, as transformers does.
 
 Not covered: `torch.compile` of a prefill in one graph (whether rows are packed is read from
 `position_ids`, which breaks the graph).
@@ -26,97 +30,38 @@ Not covered: `torch.compile` of a prefill in one graph (whether rows are packed 
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable
-from types import TracebackType
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import (
-    ArgumentError,
-    ArgumentTypeError,
-    UnsupportedError,
+from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from ._selectors import Selector
+from ._transformers_call import hyperframe_attention
+from ._transformers_choice import by_options, by_policy, refuse_both
+from ._transformers_handle import (
+    HANDLE_ATTRIBUTE,
+    IMPLEMENTATION,
+    Applied,
+    former,
+    handles_in,
+    live,
+    replace,
 )
-from ._exact import exact_attention
-from ._transformers_call import (
-    ROUTE_ATTRIBUTE,
-    AttentionCall,
-    Route,
-    Settings,
-    hyperframe_attention,
-)
-from ._transformers_layers import attention_layers, choose_layers
+from ._transformers_layers import attention_layers, window_of
 from ._transformers_masks import hyperframe_mask, transformers_library
+from ._transformers_routes import ROUTE_ATTRIBUTE, AttentionCall, Route, Settings
+from .policy import Policy
 
-__all__ = ["IMPLEMENTATION", "Applied", "AttentionCall", "apply", "remove"]
-
-#: the name under which the attention and mask functions are registered with transformers
-IMPLEMENTATION = "hyperframe"
-_HANDLE_ATTRIBUTE = "_hyperframe_applied"
-# only to share configs correctly (two models may hold the same config object), never to dispatch
-_live: weakref.WeakSet[Applied] = weakref.WeakSet()
-
-
-class Applied:
-    """What `apply` did to a model; leaving it as a context manager, or `remove`, undoes it.
-
-    Attributes:
-        model: the model.
-        layers: indices of the approximated layers, ascending.
-        all_layers: indices of all attention layers, ascending.
-        attention: the callable that serves `layers`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: tuple[int, ...],
-        modules: dict[int, nn.Module],
-        settings: Settings,
-        previous: list[tuple[Any, str | None]],
-    ) -> None:
-        self.model = model
-        self.layers = layers
-        self.all_layers = tuple(sorted(modules))
-        self.attention = settings.attention
-        self._modules = modules
-        self._previous = previous
-
-    def remove(self) -> None:
-        """Restores the attention implementation that the model had before; twice is harmless."""
-        if self.model.__dict__.get(_HANDLE_ATTRIBUTE) is not self:
-            return
-        del self.model.__dict__[_HANDLE_ATTRIBUTE]
-        for module in self._modules.values():
-            module.__dict__.pop(ROUTE_ATTRIBUTE, None)
-        _live.discard(self)
-        shared = {id(config) for other in _live for config, _ in other._previous}
-        for config, implementation in self._previous:
-            # another model may still need the config, and a later choice of the caller's stands
-            if id(config) not in shared and config._attn_implementation == IMPLEMENTATION:
-                config._attn_implementation_internal = implementation
-
-    def __enter__(self) -> Applied:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
-
-    def __repr__(self) -> str:
-        name = type(self.model).__name__
-        return f"<Applied to {name}: layers {list(self.layers)} of {list(self.all_layers)}>"
+__all__ = ["IMPLEMENTATION", "Applied", "AttentionCall", "apply", "remove", "save_policy"]
 
 
 def apply(
     model: nn.Module,
-    layers: str | Iterable[int] = "all",
+    layers: Selector | None = None,
     *,
+    policy: Policy | str | Path | None = None,
     attention: Callable[..., Tensor] | None = None,
     observer: Callable[[AttentionCall], None] | None = None,
     **attention_args: Any,
@@ -130,8 +75,13 @@ def apply(
     Args:
         model: a transformers model, or a submodel of one, whose attention goes through
             `AttentionInterface`.
-        layers: "all", "none" (all layers exact: the baseline to time), "first:4", "last:8", or
-            layer indices; negative ones count from the end.
+        layers: "all" (what None is), "none" (all layers exact: the baseline to time), "first:4",
+            "last:8", a slice of layer indices such as "2:30:3", a wildcard on the names of the
+            modules such as "*.layers.1?.self_attn", a layer index (negative ones count from the
+            end), a list of these, or a callable `(layer index, module) -> bool`.
+        policy: instead of `layers` and the options: who attends how, see
+            `hyperframe.integrations.policy`; or the path of its file, or of the folder that holds
+            `hyperframe_policy.json`.
         attention: a callable to use instead of `HyperAttention(**attention_args)`, called as
             `attention(query, key, value, is_causal=, scale=, key_padding_mask=, generator=)` with
             the shapes of `HyperAttention`; its `seed` attribute, if any, seeds the
@@ -142,10 +92,11 @@ def apply(
         **attention_args: options of `HyperAttention`, for example `detector="sort_lsh"`.
 
     Returns:
-        A handle with `layers`, `all_layers`, `remove()`; also a context manager.
+        A handle, see `Applied`; also a context manager.
 
     Raises:
-        ArgumentError, ArgumentTypeError: a wrong `layers`, `attention` or option.
+        ArgumentError, ArgumentTypeError: a wrong `layers`, `attention` or option, a policy
+            that cannot be read or does not fit the model.
         UnsupportedError: the model's attention cannot be replaced; nothing has been changed then.
 
     Randomness: each layer, chunk and packed sequence draws its own samples. In eval mode they
@@ -173,15 +124,18 @@ def apply(
         raise ArgumentTypeError(
             f"observer must be callable with an AttentionCall, got {type(observer).__name__}."
         )
-    modules = attention_layers(model)
-    chosen = choose_layers(layers, sorted(modules))
-    if not chosen and attention is None and not attention_args:
-        attention = exact_attention
-    settings = Settings(attention=_attention(attention, attention_args), observer=observer)
+    modules = dict(sorted(attention_layers(model).items()))
+    if policy is None:
+        parts, policy, attention = by_options(model, modules, layers, attention, attention_args)
+    else:
+        refuse_both(layers, attention, attention_args)
+        policy = policy if isinstance(policy, Policy) else Policy.load(policy)
+        parts, policy, attention = by_policy(model, modules, policy)
+    settings = Settings(observer=observer)
 
     configs = _configs(model)
     before = [(config, config._attn_implementation) for config in configs]
-    previous = [(config, _former(config)) for config in configs]
+    previous = [(config, former(config)) for config in configs]
     transformers_library.AttentionInterface.register(IMPLEMENTATION, hyperframe_attention)
     transformers_library.AttentionMaskInterface.register(IMPLEMENTATION, hyperframe_mask)
     try:
@@ -203,50 +157,87 @@ def apply(
             f"{error}. Nothing was changed; use a model that goes through AttentionInterface."
         ) from error
 
-    for other in list(_live):
-        if other.model is model or set(map(id, other._modules.values())) & set(
-            map(id, modules.values())
-        ):
-            _forget(other)
-    handle = Applied(model, chosen, modules, settings, previous)
+    replace(model, modules.values())
+    routes = {
+        index: Route(layer_idx=index, parts=parts[index], settings=settings) for index in modules
+    }
+    chosen = tuple(index for index, route in routes.items() if route.approximate)
+    windows = {index: window_of(modules[index]) for index in chosen}
+    handle = Applied(
+        model=model, layers=chosen, modules=modules, attention=attention, policy=policy,
+        windows={index: window for index, window in windows.items() if window is not None},
+        settings=settings, previous=previous,
+    )  # fmt: skip
     for index, module in modules.items():
-        route = Route(layer_idx=index, approximate=index in chosen, settings=settings)
-        setattr(module, ROUTE_ATTRIBUTE, route)
-    model.__dict__[_HANDLE_ATTRIBUTE] = handle
-    _live.add(handle)
+        setattr(module, ROUTE_ATTRIBUTE, routes[index])
+    model.__dict__[HANDLE_ATTRIBUTE] = handle
+    live.add(handle)
     return handle
 
 
 def remove(model: nn.Module) -> None:
-    """Restores the attention implementation that `model` had before `apply`.
+    """Restores the attention implementation that `model`, or parts of it, had before `apply`.
 
     A model to which nothing is applied is left as it is.
     """
-    handle = model.__dict__.get(_HANDLE_ATTRIBUTE)
-    if isinstance(handle, Applied):
+    for handle in handles_in(model):
         handle.remove()
 
 
-def _attention(
-    attention: Callable[..., Tensor] | None, attention_args: dict[str, Any]
-) -> Callable[..., Tensor]:
-    if attention is None:
-        from ..attention import HyperAttention, check_options
+def save_policy(
+    model: nn.Module, directory: str | Path, *, info: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes who attends how in a routed model as `hyperframe_policy.json`, beside its weights.
 
-        check_options(attention_args, owner="apply")
-        built: Callable[..., Tensor] = HyperAttention(**attention_args)
-        return built
-    if attention_args:
+    `model.save_pretrained(directory)` saves the weights and knows nothing of the routing; after
+    `from_pretrained(directory)`, `apply(model, policy=directory)` routes the model as before.
+
+    Args:
+        model: a model to which `apply` was applied.
+        directory: the folder; made where there is none.
+        info: free JSON to keep in the file beside what the policy has.
+
+    Returns:
+        The file.
+
+    Raises:
+        ArgumentError: nothing is applied, or the attention is a callable that no file can hold.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(hidden_size=32, intermediate_size=64, num_attention_heads=4,
+        ...                      num_hidden_layers=3, vocab_size=100)
+        >>> model = LlamaForCausalLM(config).eval()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = apply(model, "last:2", detector="heavy_columns")
+        ...     _ = save_policy(model, folder)
+        ...     applied = apply(LlamaForCausalLM(config), policy=folder)
+        >>> applied.layers, applied.policy.rules[0].attention
+        ((1, 2), {'detector': 'heavy_columns'})
+    """
+    handles = handles_in(model)
+    if len(handles) != 1:
+        many = f"{len(handles)} parts of it are routed, each by its own apply"
         raise ArgumentError(
-            f"attention= was given together with {sorted(attention_args)}: these options belong to "
-            "the HyperAttention that apply would build. Pass one or the other."
+            f"save_policy: {type(model).__name__} has no one policy: "
+            f"{many if handles else 'nothing is applied to it'}; call "
+            f"{'save_policy for each part' if handles else 'apply first'}"
         )
-    if not callable(attention):
-        raise ArgumentTypeError(
-            f"attention must be callable, got {type(attention).__name__}; pass a HyperAttention, "
-            "or its options by name (detector='sort_lsh', ...)."
+    policy = handles[0].policy
+    if policy is None:
+        raise ArgumentError(
+            f"save_policy: layers {list(handles[0].layers)} are served by "
+            f"{handles[0].attention!r:.120}, which no file can hold; apply options of "
+            "HyperAttention, with components that have a name"
         )
-    return attention
+    policy = Policy(
+        rules=policy.rules,
+        model=type(handles[0].model).__name__ if policy.model is None else policy.model,
+        info={**policy.info, **(info or {})},
+    )
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    return policy.save(directory)
 
 
 def _configs(model: nn.Module) -> list[Any]:
@@ -261,25 +252,6 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def _former(config: Any) -> str | None:
-    """What to restore: the present implementation, or what ours has replaced in a shared config."""
-    present: str | None = config._attn_implementation
-    if present == IMPLEMENTATION:
-        for other in _live:
-            for known, implementation in other._previous:
-                if known is config:
-                    return implementation
-    return present
-
-
 def _implementation(module: nn.Module, model: nn.Module) -> str | None:
     config = getattr(module, "config", None) or getattr(model, "config", None)
     return getattr(config, "_attn_implementation", None)
-
-
-def _forget(handle: Applied) -> None:
-    """Drops a handle that another one replaces; the configs stay with the new one."""
-    for module in handle._modules.values():
-        module.__dict__.pop(ROUTE_ATTRIBUTE, None)
-    handle.model.__dict__.pop(_HANDLE_ATTRIBUTE, None)
-    _live.discard(handle)

@@ -232,29 +232,6 @@ def test_one_stack_of_an_encoder_decoder(dense: Any) -> None:
 
 
 @torch.no_grad()
-def test_sliding_windows_stay_exact_or_are_refused(dense: Any) -> None:
-    torch.manual_seed(0)
-    config = transformers.Gemma3TextConfig(
-        hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, num_hidden_layers=2, vocab_size=60, sliding_window=8,
-        layer_types=["sliding_attention", "full_attention"], attn_implementation="eager",
-        initializer_range=0.3, query_pre_attn_scalar=8,
-    )  # fmt: skip
-    model = transformers.Gemma3ForCausalLM(config).eval()
-    ids = torch.arange(2, 32).reshape(1, 30)
-    expected = model(ids).logits
-    with apply(model, [1], attention=dense):
-        close(model(ids).logits, expected)
-        close(model(ids, use_cache=False).logits, expected)
-    assert len(dense.calls) == 2
-    with apply(model, attention=dense):
-        short = model(ids[:, :8]).logits
-        with pytest.raises(NotImplementedError, match=r"layer 0 .*sliding_window.*30 keys"):
-            model(ids)
-    close(short, model(ids[:, :8]).logits)
-
-
-@torch.no_grad()
 def test_beams_and_draft_tokens_agree_with_eager(llama: Any, tokens: Tensor, dense: Any) -> None:
     mask = padding("left", 24)
     beams = {"attention_mask": mask, "max_new_tokens": 5, "num_beams": 3, "do_sample": False}

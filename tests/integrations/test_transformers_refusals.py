@@ -139,7 +139,11 @@ def test_softcap_of_a_model_is_refused(dense: Any) -> None:
         (range(4), ArgumentError, "layers holds 3"),
         ([1.0], ArgumentTypeError, "1.0 of type float"),
         ([True], ArgumentTypeError, "True of type bool"),
-        (1, ArgumentTypeError, r"layers=1 .*layers=\[1\]"),
+        (3, ArgumentError, r"layers=3, but the model has 3 .*\[0, 1, 2\]"),
+        (2.5, ArgumentTypeError, "layers=2.5 of type float names no layers"),
+        ("1", ArgumentError, "layers='1' is not understood"),
+        ("2:1:0", ArgumentError, "layers='2:1:0' is not understood"),
+        ("*.5.*", ArgumentError, r"layers='\*\.5\.\*' matches none.*'model\.layers\.0\.self_attn'"),
     ],
 )
 def test_wrong_layers_are_refused_and_nothing_changes(
@@ -162,6 +166,15 @@ def test_wrong_layers_are_refused_and_nothing_changes(
         ("last:0", ()),
         ([-1, 0, 2], (0, 2)),
         (range(1, 3), (1, 2)),
+        (-1, (2,)),
+        ("1:", (1, 2)),
+        ("::2", (0, 2)),
+        (slice(-2, None), (1, 2)),
+        ("*.1.self_attn", (1,)),
+        ("model.layers.[02].*", (0, 2)),
+        (["*.0.*", "last:1"], (0, 2)),
+        (lambda index, module: index == 1 and module.head_dim == 16, (1,)),
+        (lambda index, module: False, ()),
     ],
 )
 def test_layers_may_be_written_in_several_ways(
@@ -204,6 +217,51 @@ def test_models_outside_the_interface_are_refused(dense: Any) -> None:
     model = transformers.XLNetModel(config)
     with pytest.raises(UnsupportedError, match="XLNetModel has no attention module"):
         apply(model, attention=dense)
+
+
+@pytest.mark.parametrize(
+    "name,settings",
+    [
+        ("Bloom", {"hidden_size": 16, "n_head": 2, "n_layer": 1, "vocab_size": 20}),
+        ("Mpt", {"d_model": 16, "n_heads": 2, "n_layers": 1, "vocab_size": 20}),
+        (
+            "Falcon",
+            {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1,
+             "vocab_size": 20, "alibi": True},
+        ),
+    ],
+)  # fmt: skip
+def test_models_with_alibi_are_refused_by_name(name: str, settings: dict[str, Any]) -> None:
+    model = getattr(transformers, f"{name}Model")(
+        getattr(transformers, f"{name}Config")(**settings)
+    )
+    with pytest.raises(UnsupportedError, match=rf"{name}Model has no attention .*ALiBi"):
+        apply(model, min_seq_len=0)
+    assert model.config._attn_implementation != "hyperframe"
+
+
+@pytest.mark.parametrize("layers", ["all", "none"])
+@torch.no_grad()
+def test_sinks_and_position_biases_of_models_are_refused(layers: str) -> None:
+    ids = torch.arange(2, 12)[None]
+    sinks = transformers.GptOssConfig(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1,
+        head_dim=8, intermediate_size=16, vocab_size=20, num_local_experts=2, bos_token_id=1,
+        num_experts_per_tok=1, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    biased = transformers.T5Config(
+        d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=20
+    )
+    for model, name in (
+        (transformers.GptOssForCausalLM(sinks), "s_aux"),
+        (transformers.T5EncoderModel(biased), "position_bias"),
+    ):
+        with (
+            apply(model.eval(), layers),
+            pytest.raises(UnsupportedError, match=f"layer 0 asks for {name}"),
+        ):
+            model(ids)
+        assert model.config._attn_implementation != "hyperframe"
 
 
 def test_a_model_that_only_warns_is_refused_and_restored(
