@@ -332,7 +332,8 @@ def check_options(options: Mapping[str, Any], *, owner: str) -> None:
 def _refuse(unsupported: Mapping[str, Any]) -> None:
     for name, value in unsupported.items():
         # what SDPA's arguments are when they are not used changes nothing here either
-        if name == "enable_gqa" or (name in _REMEDIES and (value is None or value == 0)):
+        is_unused = value is None or (not isinstance(value, torch.Tensor) and value == 0)
+        if name == "enable_gqa" or (name in _REMEDIES and is_unused):
             continue
         remedy = _REMEDIES.get(name, "leave it out")
         shown = f"a {type(value).__name__}" if isinstance(value, torch.Tensor) else repr(value)

@@ -15,6 +15,7 @@ from hyperframe.errors import (
     HyperframeError,
     SpecError,
     UnknownComponentError,
+    UnsupportedError,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -263,3 +264,28 @@ def test_the_widest_heads_that_are_allowed_work() -> None:
     q = torch.randn(1, 1, 20, 256)
     out = hyper_attention(q, q, q, detector="oracle(budget=20)", num_samples=0, min_seq_len=0)
     torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, q, q))
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("attn_mask", x(9, 9), ["attn_mask", "a Tensor", "key_padding_mask"]),
+        ("attn_mask", x(1), ["attn_mask", "a Tensor", "key_padding_mask"]),
+        ("attn_bias", x(4, 9, 9), ["attn_bias", "a Tensor", "exact attention"]),
+        ("dropout_p", 0.1, ["dropout_p", "0.1", "no dropout"]),
+        ("softcap", 50.0, ["softcap", "50.0", "capped logits"]),
+        ("s_aux", x(4), ["s_aux", "a Tensor", "sink"]),
+        ("temperature", 2.0, ["temperature", "2.0", "leave it out"]),
+    ],
+)
+def test_arguments_of_other_attentions_are_refused_by_name(
+    name: str, value: object, words: list[str]
+) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        HyperAttention()(**GOOD, **{name: value})
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_arguments_of_other_attentions_that_say_nothing_are_taken() -> None:
+    out = HyperAttention()(**GOOD, attn_mask=None, dropout_p=0.0, enable_gqa=True)
+    torch.testing.assert_close(out, HyperAttention()(**GOOD))
