@@ -14,7 +14,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1 \
 PACKAGES := hyperframe hyperframe_attention
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test quick property coverage lint format types wheel clean distclean
+.PHONY: help venv demo test quick property coverage lint format types docs wheel clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,10 @@ format: $(STAMP) ## let ruff fix and format
 
 types: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
+
+docs: $(STAMP) ## build the site into out/site, every warning an error
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -b html -q -n -W --keep-going -d out/doctrees docs out/site
+	@echo "out/site/index.html"
 
 wheel: $(STAMP) ## build the wheel into dist/
 	$(BIN)/python -m hatchling build -t wheel

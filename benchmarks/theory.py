@@ -17,15 +17,21 @@ Masks: nothing, `sort_lsh` as published (blocks of 256), and the 256 largest ent
     python benchmarks/theory.py --heads heads-prose.safetensors heads-code.safetensors \
         --vision --out benchmarks/results/theory.jsonl
     python benchmarks/theory.py --read benchmarks/results/theory.jsonl
+    python benchmarks/theory.py --times
+
+`--times` says instead how long the diagnostics take: exact ones of nine heads at n = 8,192, sampled
+ones (256 rows) of one head up to a million keys.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,6 +139,43 @@ def measure(head: Head) -> dict[str, Any]:
     return {**row, "epsilon": EPSILON, "failure": FAILURE, "torch": torch.__version__}
 
 
+def times() -> str:
+    """Return how long the diagnostics take, as a table in Markdown: the best of three."""
+    lines = ["| diagnostic | heads | n | d | seconds | of all threads |", "|---|" + "---|" * 5]
+    window = create("sliding_window(width=128)")
+
+    def add(name: str, shape: tuple[int, int, int], call: Callable[[], Any]) -> None:
+        wall, work = math.inf, math.inf
+        for _ in range(3):
+            start, of_threads = time.perf_counter(), time.process_time()
+            call()
+            wall = min(wall, time.perf_counter() - start)
+            work = min(work, time.process_time() - of_threads)
+        heads, n, dim = shape
+        lines.append(f"| {name} | {heads} | {n:,} | {dim} | {wall:.2f} | {work:.2f} |")
+
+    source = torch.Generator().manual_seed(0)
+    shape = (9, 8192, 64)
+    query, key = (torch.randn(1, *shape, generator=source) for _ in range(2))
+    for is_causal in (False, True):
+        mask, how = window.find(query, key, is_causal=is_causal), ", causal" * is_causal
+        alpha = functools.partial(diagnostics.alpha, query, key, is_causal=is_causal)
+        add(f"alpha{how}", shape, alpha)
+        add(f"log_kappa{how}", shape, functools.partial(diagnostics.log_kappa, query, key, mask))
+    for n in (1 << 16, 1 << 18, 1 << 20):
+        shape = (1, n, 16)
+        query, key = (torch.randn(1, *shape, generator=source) for _ in range(2))
+        mask = window.find(query, key)
+        options: dict[str, Any] = {"num_rows": 256, "generator": source}
+        for name, arguments in (
+            ("sampled_alpha", (query, key)), ("sampled_log_kappa", (query, key, mask)),
+            ("sampled_entropy", (query, key)), ("sampled_mass", (query, key, mask)),
+        ):  # fmt: skip
+            call = functools.partial(getattr(diagnostics, name), *arguments, **options)
+            add(name, shape, call)
+    return "\n".join([f"{torch.get_num_threads()} threads", "", *lines])
+
+
 def median(rows: list[dict[str, Any]], *path: str) -> float:
     """Return the median of what a path of names leads to."""
     values: list[Any] = rows
@@ -170,7 +213,11 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--out", type=Path, help="append the rows to this JSON-lines file")
     parser.add_argument("--read", type=Path, help="measure nothing; take the rows of this file")
+    parser.add_argument("--times", action="store_true", help="time the diagnostics instead")
     options = parser.parse_args()
+    if options.times:
+        print(times())
+        return
     rows: list[dict[str, Any]] = []
     if options.read:
         rows = [json.loads(line) for line in options.read.read_text().splitlines()]

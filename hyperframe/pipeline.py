@@ -33,7 +33,7 @@ from .samplers import AbstractSampler
 from .samplers.uniform import Uniform as UniformSampler
 from .samples import KeySample, SampleDraw
 from .state import AttentionState
-from .trace import active_trace
+from .trace import Solved, active_trace
 
 __all__ = ["BREAK_EVEN", "DEFAULT_LEAF", "Pipeline"]
 
@@ -174,7 +174,15 @@ class Pipeline:
                 first_key=first_key, earlier_query=part.earlier_query,
                 strict=self.strict_causal,
             )  # fmt: skip
-        return self._attend(part.query, part.key, part.value, mask)
+        state = self._attend(part.query, part.key, part.value, mask)
+        trace = active_trace()
+        if trace is not None and trace.on_solved is not None:
+            solved = Solved(
+                query=part.query, key=part.key, value=part.value, mask=mask, state=state,
+                first_row=part.first_row, first_key=part.key_start,
+            )  # fmt: skip
+            trace.on_solved(solved)
+        return state
 
     def _solve_square(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, leaf: int,
@@ -186,7 +194,7 @@ class Pipeline:
         and the row sums have to be those of the plans.
         """
         sampler = self.sampler
-        if self.assembly != "residual":
+        if self.assembly != "residual" or (self.num_samples and sampler.needs_mask):
             return None
         if self.strict_causal or type(self.estimator).rule is not UniformEstimator.rule:
             return None
@@ -214,6 +222,15 @@ class Pipeline:
         for rows, runs in ((leaf, full), (rest, 1)):
             self._count_exact((*query.shape[:2], rows), rows, True, times=runs)
         self._count(plans, key.shape[1])
+        trace = active_trace()
+        if trace is not None and trace.on_solved is not None:
+            for mask, plan in zip(masks, plans, strict=True):
+                state = attend_all(
+                    query, key, value, [plan], scale=self.scale, backend=self.backend
+                )
+                trace.on_solved(
+                    Solved(query=query, key=key, value=value, mask=mask, state=state, is_level=True)
+                )
         return attend_all(
             query, key, value, plans, scale=self.scale, backend=self.backend, leaf=leaf
         )
@@ -250,8 +267,8 @@ class Pipeline:
                 query, key, mask, scale=self.scale, num_samples=self.num_samples,
                 generator=self.generator,
             )  # fmt: skip
-        draw = self.sampler.draws(
-            query, key, value, num_samples=self.num_samples, generator=self.generator,
+        draw = self.sampler.draws_for(
+            mask, query, key, value, num_samples=self.num_samples, generator=self.generator,
             scale=self.scale,
         )  # fmt: skip
         if self.assembly == "paper" and draw is not None:

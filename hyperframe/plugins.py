@@ -29,7 +29,10 @@ from .component import AbstractComponent
 from .errors import ArgumentError, ArgumentTypeError, PluginError
 from .spec import is_spec_name
 
-__all__ = ["Plugin", "check_component_class", "offered_by", "read_plugins"]
+__all__ = [
+    "Plugin", "blame", "check_component_class", "described", "is_built_in", "offered_by",
+    "read_plugins",
+]  # fmt: skip
 
 # of the classes that were loaded from entry points, who offers them
 _OFFERED: weakref.WeakKeyDictionary[type[Any], str] = weakref.WeakKeyDictionary()
@@ -143,9 +146,58 @@ def _header(entry: importlib.metadata.EntryPoint, key: str) -> str | None:
 def offered_by(cls: type[Any]) -> str:
     """Return " of DISTRIBUTION VERSION (entry point ...)" for a plug-in's class, else nothing.
 
-    For messages about a component that misbehaves: it is not this library to be repaired.
+    For messages about a component that misbehaves: it is not this library to be repaired. A class
+    that was imported past the registries is looked up by its place.
     """
-    return f" of {_OFFERED[cls]}" if cls in _OFFERED else ""
+    owner = _OFFERED.get(cls) or _declared(cls)
+    return f" of {owner}" if owner else ""
+
+
+def _declared(cls: type[Any]) -> str:
+    """Who declares a class as an entry point, in words; empty for nobody and for this library."""
+    if is_built_in(cls):
+        return ""
+    target = f"{cls.__module__}:{cls.__qualname__}"
+    for owners in read_plugins(f"hyperframe.{getattr(cls, 'kind', 'component')}s").values():
+        for plugin in owners:
+            if plugin.target == target:
+                return plugin.owner
+    return ""
+
+
+def is_built_in(cls: type[Any]) -> bool:
+    """Whether a class is part of this library, whose tests look at what it returns."""
+    return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def described(component: AbstractComponent) -> str:
+    """Return "the detector NAME", followed by who offers it if it is a plug-in.
+
+    Example:
+        >>> from hyperframe.detectors import create
+        >>> described(create("strided"))
+        'the detector strided'
+    """
+    return f"the {component.kind} {component.name}{offered_by(type(component))}"
+
+
+def blame(component: AbstractComponent, error: ArgumentError | ArgumentTypeError) -> None:
+    """Name a plug-in and its distribution in an error that was raised inside of it.
+
+    What the library refuses there (a mask of wrong tensors, an index out of range) is no fault of
+    the caller, who would not know whose it is.
+
+    Args:
+        component: what was called.
+        error: what it raised.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: of the error's own type, with the owner in front. Nothing
+            is raised for components that are no plug-ins, or where the message names the owner.
+    """
+    owner = offered_by(type(component))
+    if owner and owner not in str(error):
+        raise type(error)(f"{described(component)}: {error}") from error
 
 
 def check_component_class(found: object, base: type[Any]) -> None:

@@ -6,7 +6,8 @@ places, and the first one that has a name wins:
 1. `register()`, for the running process;
 2. the built-in table, whose modules are imported when asked for;
 3. entry points of installed distributions (see `hyperframe.plugins`), which are read on the first
-   miss and imported when asked for.
+   miss and imported when asked for. One with the name of a built-in is listed as a duplicate and
+   said so in the log: no distribution can change what a name of this library means.
 
     >>> from hyperframe.component import AbstractComponent
     >>> from hyperframe.registry import Registry
@@ -23,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.metadata
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -42,6 +44,8 @@ from .spec import ParsedSpec, is_spec_name, parse_spec
 from .spec import to_spec as _to_spec
 
 __all__ = ["Registry", "RegistryEntry"]
+
+_LOGGER = logging.getLogger(__name__)
 
 _Base = TypeVar("_Base", bound=AbstractComponent)
 _Class = TypeVar("_Class", bound=type[AbstractComponent])
@@ -314,6 +318,13 @@ class Registry(Generic[_Base]):
         with self._lock:
             if self._plugins is None:
                 self._plugins = read_plugins(self.group)
+                for name, plugins in self._plugins.items():
+                    if name in self._builtins or name in self._aliases:
+                        _LOGGER.warning(
+                            "the %s %r of %s is not used: the name belongs to %s",
+                            self.kind, name, " and ".join(plugin.owner for plugin in plugins),
+                            self._owner(name),
+                        )  # fmt: skip
             return self._plugins
 
     def _import(self, target: str) -> type[Any]:
@@ -372,9 +383,11 @@ class Registry(Generic[_Base]):
                 f"name={name!r} is not a name; a spec string with parameters goes to create()."
                 f"{self._near(name)}"
             )
+        hint = did_you_mean(name, {*known, *self._aliases})
         return (
             f"{self.kind}={name!r}: there is no {self.kind} of that name. Those that exist are "
-            f"{', '.join(known) or 'none'}.{did_you_mean(name, {*known, *self._aliases})}"
+            f"{', '.join(known) or 'none'}."
+            f"{hint or ' One of a plug-in is there once its package is installed.'}"
         )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 
 from .errors import ArgumentError, ArgumentTypeError
 
-__all__ = ["check_inputs", "check_padding_mask", "check_scale"]
+__all__ = ["check_inputs", "check_padding_mask", "check_scale", "is_debugging", "may_look_at"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -107,6 +108,26 @@ def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
                 f"{name}: has 0 {what} (shape {tuple(tensor.shape)}); attention over nothing is "
                 "not defined, leave out the call"
             )
+
+
+def is_debugging() -> bool:
+    """Whether values are checked wherever they are: the environment has HYPERFRAME_DEBUG=1."""
+    return os.environ.get("HYPERFRAME_DEBUG", "0") not in ("", "0")
+
+
+def may_look_at(where: torch.Tensor | torch.device) -> bool:
+    """Whether the values of what a component returned may be read, to check them.
+
+    On the CPU that is cheap. Elsewhere every call would wait for the device, so that it is done
+    while debugging only; and in a graph that is being traced it would be a break.
+
+    Args:
+        where: a tensor, or the device it is on.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    device = where.device if isinstance(where, torch.Tensor) else where
+    return device.type == "cpu" or is_debugging()
 
 
 def check_scale(scale: object, head_dim: int) -> float:

@@ -1,40 +1,40 @@
-"""The examination behind `python -m hyperframe_attention doctor`.
+"""The examination behind `hyperframe doctor`, also `python -m hyperframe_attention doctor`.
 
-Two distributions write into the folder `hyperframe/`: ours (`hyperframe-attention`) and the HTTP/2
-framing library (`hyperframe`). Their submodules have different names, so only `__init__.py` and
-`py.typed` are fought over: the last one installed wins, and uninstalling either removes both files.
-Three states follow: ours owns `__init__.py` (healthy), it does not but our submodules are there
-(clash: `hyperframe_attention` works, `import hyperframe` gives somebody else's module), or our
-submodules cannot be imported (broken).
+Three states: healthy; clash (another package owns `hyperframe/__init__.py`: `hyperframe_attention`
+works, `import hyperframe` gives somebody else's module); broken (our submodules cannot be imported,
+a backend that should run does not, or a plug-in does not load).
 
-The package's own files are read, not imported, to find the owner; submodules are imported to see
-whether they work. Nothing is changed.
+Needs no other package than torch and ours, and says so where one of those is missing.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import hashlib
-import importlib
-import importlib.util
 import json
-import platform
-import sys
-from base64 import urlsafe_b64encode
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from . import _DISTRIBUTION, _HOMES
+from ._installation import (
+    NEIGHBOUR,
+    REPAIR,
+    folders,
+    init_file,
+    missing_files,
+    owner_of,
+    try_import,
+    what_is_broken,
+)
+from ._machine import CORE, extras, gpus, old_ones, plugins, try_backends, version, versions
 
 __all__ = ["EXIT_CODES", "Report", "examine", "print_json", "print_text"]
 
-EXIT_CODES = {0: "healthy", 1: "clash found", 2: "broken"}
-
-_NEIGHBOUR = "hyperframe"  # the HTTP/2 library's distribution name
-_REPAIR = f"pip install --force-reinstall --no-deps {_DISTRIBUTION}"
-_PACKAGES = ("torch", "triton", "numpy", "transformers", "numba", "scikit-learn")
+# those of hyperframe.cli, which cannot be imported where the installation is broken
+EXIT_CODES = {
+    0: "done: healthy",
+    1: "found a clash or something broken; the message says what",
+    2: "the command line does not parse",
+    130: "interrupted",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Report:
     """What the examination found.
 
     Attributes:
-        exit_code: 0 healthy, 1 clash found, 2 broken.
+        exit_code: 0 healthy, 1 otherwise.
+        status: "healthy", "clash" or "broken".
         verdict: one sentence.
         init_file: the `hyperframe/__init__.py` that `import hyperframe` runs, or None.
         init_owner: the distribution that wrote that file, as far as can be told, or None.
@@ -53,9 +54,14 @@ class Report:
         notes: what is worth knowing and no reason to act.
         versions: of this distribution, the neighbour, Python and the packages that matter.
         device: the GPU that torch sees, or why it sees none.
+        gpus: all of them, each with `name`, `capability`, `memory_gib`, `driver`, `cuda`.
+        backends: what came of a run of each; see `try_backends`.
+        extras: of our distribution, with what each lacks and the line that installs it.
+        plugins: every one that is installed, with its `status` and `reason`.
     """
 
     exit_code: int
+    status: str
     verdict: str
     init_file: str | None
     init_owner: str | None
@@ -66,74 +72,98 @@ class Report:
     notes: list[str]
     versions: dict[str, str | None]
     device: str
+    gpus: list[dict[str, Any]]
+    backends: list[dict[str, Any]]
+    extras: list[dict[str, Any]]
+    plugins: list[dict[str, Any]]
 
 
 def examine() -> Report:
     """Examine the installation that this interpreter sees.
 
     Returns:
-        The report. Imports torch and the submodules of `hyperframe`; takes seconds.
+        The report. Imports torch, the submodules of `hyperframe` and every plug-in, and attends to
+        64 tokens with each backend; takes seconds.
     """
-    folders = _folders()
-    init = _init_file()
-    owner = _owner(init) if init is not None else None
-    submodules = {name: _try_import(name) for name in sorted(set(_HOMES.values()))}
-    failures = {name: found for name, found in submodules.items() if found != "ok"}
-    missing = _missing_files(_DISTRIBUTION)
-    neighbour = _version(_NEIGHBOUR)
+    found = folders()
+    init = init_file()
+    owner = owner_of(init) if init is not None else None
+    submodules = {name: try_import(name) for name in sorted(set(_HOMES.values()))}
+    failures = {name: said for name, said in submodules.items() if said != "ok"}
+    missing = missing_files(_DISTRIBUTION)
+    neighbour = version(NEIGHBOUR)
+    device, gpu_list = gpus()
+    backends = [] if failures else try_backends()
+    plugin_list = [] if failures else plugins()
 
     repair: list[str] = []
-    notes: list[str] = []
+    notes = [f"{old}: older than anything known to work" for old in old_ones(CORE)]
+    status = "healthy"
+    verdict = f"healthy: {_DISTRIBUTION} owns hyperframe/__init__.py and its submodules work"
     if failures or missing:
-        code = 2
-        verdict, repair = _broken(failures, missing, folders)
-    elif owner == _DISTRIBUTION:
-        code = 0
-        verdict = f"healthy: {_DISTRIBUTION} owns hyperframe/__init__.py and its submodules work"
-    else:
-        code = 1
-        found = (
+        status = "broken"
+        verdict, repair = what_is_broken(failures, missing, found)
+    elif owner != _DISTRIBUTION:
+        status = "clash"
+        whose = (
             "hyperframe/ has no __init__.py (uninstalling the other package takes it away)"
             if init is None
             else f"hyperframe/__init__.py belongs to {owner}"
         )
         verdict = (
-            f"clash: {found}; `import hyperframe` does not give this library's API, "
+            f"clash: {whose}; `import hyperframe` does not give this library's API, "
             "`import hyperframe_attention` does"
         )
-        repair = [_REPAIR]
+        repair = [REPAIR]
+    if wrong := _wrong(backends, plugin_list):
+        if status == "healthy":
+            status, verdict = "broken", f"broken: {wrong[0][0]}"
+        repair += dict.fromkeys(remedy for _, remedy in wrong)
 
     if neighbour is not None:
         notes.append(
             f"the HTTP/2 library hyperframe {neighbour} is installed too; its submodules "
             "(hyperframe.frame, ...) work beside ours in either order"
         )
-        gone = _missing_files(_NEIGHBOUR)
+        gone = missing_files(NEIGHBOUR)
         if gone:
             notes.append(f"files of the HTTP/2 library are missing: {', '.join(gone)}")
     if init is not None and not (init.parent / "py.typed").exists():
         notes.append("hyperframe/py.typed is missing: type checkers will not see our types")
-    if len(folders) > 1:
-        notes.append(f"more than one folder hyperframe/ on the import path: {', '.join(folders)}")
+    if len(found) > 1:
+        notes.append(f"more than one folder hyperframe/ on the import path: {', '.join(found)}")
 
+    ours = {_DISTRIBUTION: version(_DISTRIBUTION), f"{NEIGHBOUR} (HTTP/2)": neighbour}
     return Report(
-        exit_code=code,
-        verdict=verdict,
-        init_file=None if init is None else str(init),
-        init_owner=owner,
-        folders=folders,
-        submodules=submodules,
-        missing_files=missing,
-        repair=repair,
-        notes=notes,
-        versions={
-            "python": platform.python_version(),
-            _DISTRIBUTION: _version(_DISTRIBUTION),
-            f"{_NEIGHBOUR} (HTTP/2)": neighbour,
-            **{name: _version(name) for name in _PACKAGES},
-        },
-        device=_device(),
-    )
+        exit_code=0 if status == "healthy" else 1, status=status, verdict=verdict,
+        init_file=None if init is None else str(init), init_owner=owner, folders=found,
+        submodules=submodules, missing_files=missing, repair=repair, notes=notes,
+        versions={**ours, **versions()}, device=device, gpus=gpu_list, backends=backends,
+        extras=extras(), plugins=plugin_list,
+    )  # fmt: skip
+
+
+def _wrong(
+    backends: list[dict[str, Any]], plugin_list: list[dict[str, Any]]
+) -> list[tuple[str, str]]:
+    """Return what is broken beside the installation itself, each with what to do."""
+    found = []
+    for row in backends:
+        if row["status"] == "broken":
+            name = row["backend"]
+            what = f"the backend {name} does not work on {row['device']} ({row['reason']})"
+            report = "report it with the output of `hyperframe doctor --json`"
+            found.append((what, f"pass another backend than {name!r}, and {report}"))
+    for row in plugin_list:
+        if row["status"] != "ok":
+            what = f"the {row['kind']} {row['name']} of {_owner(row)} is {row['status']}"
+            repair = f"repair or uninstall {row['distribution']}; everything else keeps working"
+            found.append((f"{what} ({row['reason']})", repair))
+    return found
+
+
+def _owner(row: dict[str, Any]) -> str:
+    return f"{row['distribution']} {row['version'] or ''}".strip()
 
 
 def print_text(report: Report) -> None:
@@ -149,9 +179,22 @@ def print_text(report: Report) -> None:
         print(f"  {name}: {found}")
     for name in report.missing_files:
         print(f"  missing file: {name}")
-    for name, version in report.versions.items():
-        print(f"{name:<23} {version or 'not installed'}")
+    for name, found_version in report.versions.items():
+        print(f"{name:<23} {found_version or 'not installed'}")
     print(f"{'device':<23} {report.device}")
+    for row in report.backends:
+        said = row["reason"] or f"off the reference by {row['error']:.1g}"
+        print(f"{'backend ' + row['backend']:<23} {row['status']} on {row['device']}: {said}")
+    print(f"{'plug-ins':<23} {len(report.plugins)} installed")
+    for row in report.plugins:
+        if row["status"] != "ok":
+            who = f"{row['kind']} {row['name']} of {_owner(row)}"
+            print(f"  {who}: {row['status']}: {row['reason']}")
+    lacking = [row for row in report.extras if row["install"] is not None]
+    print(f"{'extras':<23} {len(report.extras) - len(lacking)} of {len(report.extras)} complete")
+    for row in lacking:
+        what = ", ".join([*row["missing"], *row["too_old"]])
+        print(f"  {row['extra']} ({row['for']}): lacks {what}: {row['install']}")
     for note in report.notes:
         print(f"note: {note}")
     if report.repair:
@@ -164,128 +207,3 @@ def print_text(report: Report) -> None:
 def print_json(report: Report) -> None:
     """Print a report as one JSON object, its keys the attributes of `Report`."""
     print(json.dumps(dataclasses.asdict(report), indent=2))
-
-
-def _folders() -> list[str]:
-    found: dict[str, None] = {}
-    for entry in sys.path:
-        folder = Path(entry or ".").resolve() / "hyperframe"
-        if folder.is_dir():
-            found[str(folder)] = None
-    return list(found)
-
-
-def _init_file() -> Path | None:
-    # for a top-level name find_spec looks and does not import
-    try:
-        spec = importlib.util.find_spec("hyperframe")
-    except (ImportError, ValueError):
-        return None
-    if spec is None or spec.origin is None:
-        return None
-    return Path(spec.origin)
-
-
-def _owner(init: Path) -> str:
-    """The distribution that wrote `init`: by our sentinel, then by the hashes of pip's records."""
-    content = init.read_bytes()
-    if _sentinel(content) == _DISTRIBUTION:
-        return _DISTRIBUTION
-    digest = urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
-    for distribution in metadata.distributions():
-        for file in distribution.files or ():
-            if file.name != "__init__.py" or file.hash is None or file.hash.value != digest:
-                continue
-            if Path(str(distribution.locate_file(file))).resolve() == init.resolve():
-                return f"{distribution.name} {distribution.version}"
-    if (init.parent / "frame.py").exists():
-        return "the HTTP/2 library hyperframe"
-    return "an unknown package"
-
-
-def _sentinel(content: bytes) -> str | None:
-    try:
-        tree = ast.parse(content)
-    except (SyntaxError, ValueError):
-        return None
-    for node in tree.body:
-        if isinstance(node, ast.Assign):
-            targets, value = node.targets, node.value
-        elif isinstance(node, ast.AnnAssign) and node.value is not None:
-            targets, value = [node.target], node.value
-        else:
-            continue
-        names = {target.id for target in targets if isinstance(target, ast.Name)}
-        if "__distribution__" in names and isinstance(value, ast.Constant):
-            return str(value.value)
-    return None
-
-
-def _try_import(name: str) -> str:
-    try:
-        importlib.import_module(name)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "ok"
-
-
-def _missing_files(name: str) -> list[str]:
-    # __init__.py and py.typed are the two that come and go with the neighbour
-    try:
-        files = metadata.distribution(name).files or []
-    except metadata.PackageNotFoundError:
-        return []
-    shared = {"hyperframe/__init__.py", "hyperframe/py.typed"}
-    return [
-        file.as_posix()
-        for file in files
-        if file.suffix == ".py"
-        and file.as_posix() not in shared
-        and not Path(str(file.locate())).exists()
-    ]
-
-
-def _broken(
-    failures: dict[str, str], missing: list[str], folders: list[str]
-) -> tuple[str, list[str]]:
-    if missing:
-        return (
-            f"broken: {len(missing)} files of {_DISTRIBUTION} are missing, {missing[0]} for one",
-            [_REPAIR],
-        )
-    first = next(iter(failures))
-    verdict = f"broken: {first} cannot be imported ({failures[first]})"
-    ours = [folder for folder in folders if (Path(folder) / "attention.py").exists()]
-    if ours and ours[0] != folders[0]:
-        # an editable install, or two site folders: the folder that comes first hides the other
-        return (
-            f"{verdict}; {folders[0]} comes first on the import path and hides {ours[0]}",
-            [
-                f"pip uninstall {_NEIGHBOUR}, if nothing needs the HTTP/2 library here",
-                f"or, instead of an editable install, a wheel into the same folder: {_REPAIR}",
-            ],
-        )
-    lost = failures[first].startswith("ModuleNotFoundError") and "hyperframe" not in failures[first]
-    if lost:
-        # one of our dependencies is not there
-        return verdict, [f"pip install {_DISTRIBUTION}"]
-    return verdict, [_REPAIR]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _device() -> str:
-    try:
-        torch: Any = importlib.import_module("torch")
-        if not torch.cuda.is_available():
-            cuda = torch.version.cuda
-            return f"no GPU (torch is {'a CPU build' if cuda is None else f'built for {cuda}'})"
-        major, minor = torch.cuda.get_device_capability()
-        return f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
-    except Exception as error:
-        return f"unknown ({type(error).__name__}: {error})"

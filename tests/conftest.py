@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Mapping
 
 # nothing in the test suite may be fetched; has to be set before transformers is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,8 +24,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 _SLOW_HEALTH_CHECKS = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large]
 
 # dev: quick and random, to find things while working. ci: the same examples every time. nightly:
-# random again, and many
-hypothesis.settings.register_profile("dev", max_examples=25, deadline=None)
+# random again, and many. derandomize is always said: where CI is set the default is True
+hypothesis.settings.register_profile("dev", max_examples=25, deadline=None, derandomize=False)
 hypothesis.settings.register_profile(
     "ci",
     max_examples=25,
@@ -38,10 +39,25 @@ hypothesis.settings.register_profile(
     "nightly",
     max_examples=500,
     deadline=None,
+    derandomize=False,
     print_blob=True,
     suppress_health_check=_SLOW_HEALTH_CHECKS,
 )
-_PROFILE = os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
+PROFILES = ("dev", "ci", "nightly")
+
+
+def chosen_profile(environ: Mapping[str, str]) -> str:
+    """The profile that the environment asks for; `ci` where CI runs, else `dev`."""
+    name = environ.get("HYPOTHESIS_PROFILE") or ("ci" if environ.get("CI") else "dev")
+    if name not in PROFILES:
+        raise pytest.UsageError(
+            f"HYPOTHESIS_PROFILE={name}: there is no such profile; choose one of "
+            f"{', '.join(PROFILES)}"
+        )
+    return name
+
+
+_PROFILE = chosen_profile(os.environ)
 hypothesis.settings.load_profile(_PROFILE)
 
 

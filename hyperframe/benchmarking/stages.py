@@ -73,7 +73,7 @@ class _Call:
         query, key, value = inputs
         options = {"num_samples": self.attention.num_samples, "generator": stream}
         rule = self.attention.estimator.rule(query, key, mask, scale=self.scale, **options)
-        draw = self.attention.sampler.draws(query, key, value, **options)
+        draw = self.attention.sampler.draws_for(mask, query, key, value, **options)
         return build_plans(mask, key_heads=key.shape[1], draw=draw, rule=rule)
 
     def attend(self, inputs: Tensors, plans: Plans, leaf: int | None = None) -> AttentionState:

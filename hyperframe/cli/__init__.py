@@ -1,5 +1,10 @@
 """The command line: `hyperframe bench` and others, or `python -m hyperframe_attention`.
 
+One module for each command, joined in `app`; `codes` has the exit codes, the same for all of them.
+With `--json` a command prints one JSON document on stdout and nothing else there; whatever is for
+people (bars, messages, errors) is on stderr. Ctrl-C ends a command with code 130, and keeps what it
+measured: rows go into an `--out` file one whole line at a time.
+
 Needs typer and rich (the extra `cli`), which are imported when a command is given.
 """
 
@@ -8,15 +13,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-__all__ = ["EXIT_CODES", "main"]
+from .codes import EXIT_CODES, ExitCode
 
-EXIT_CODES = {
-    0: "done, and every accuracy gate passed",
-    1: "could not run; the message says why",
-    2: "the command line does not parse",
-    3: "measured, and some accuracy gate failed: no speed-up is reported there",
-    130: "interrupted; rows that were measured are kept",
-}
+__all__ = ["EXIT_CODES", "ExitCode", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "pip install 'hyperframe-attention[cli]'",
             file=sys.stderr,
         )
-        return 1
-    from .app import run
+        return int(ExitCode.FAILED)
+    try:
+        from .app import run
 
-    return run(None if arguments is None else list(arguments))
+        return run(None if arguments is None else list(arguments))
+    except KeyboardInterrupt:  # while torch and the commands are imported
+        print("interrupted", file=sys.stderr)
+        return int(ExitCode.INTERRUPTED)

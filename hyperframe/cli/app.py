@@ -1,54 +1,52 @@
-"""The commands: they parse, call `hyperframe.benchmarking`, and print."""
+"""The program: its commands, each in a module of its own, which parse, call the library, print."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Any
 
-import torch
 import typer
+from typer.core import TyperGroup
 
-from ..attention import HyperAttention
-from ..benchmarking import (
-    ERROR_BOUNDS,
-    SUITES,
-    AbstractMethod,
-    Settings,
-    SpecMethod,
-    append_rows,
-    check_plotting,
-    custom_suite,
-    failed_gates,
-    plot_rows,
-    print_report,
-    run_suite,
-    suite,
-)
-from ..component import check_choice
-from ..errors import ArgumentError, HyperframeError
+from ..errors import HyperframeError
 from . import EXIT_CODES
+from .bench import EXAMPLES as BENCH_EXAMPLES
+from .bench import bench
 from .capture import EXAMPLES as CAPTURE_EXAMPLES
 from .capture import capture
+from .codes import ExitCode
 from .components import EXAMPLES as COMPONENTS_EXAMPLES
 from .components import components
+from .eval import EXAMPLES as EVAL_EXAMPLES
+from .eval import evaluate
+from .frontier import EXAMPLES as FRONTIER_EXAMPLES
 from .frontier import frontier
 from .new import EXAMPLES as NEW_EXAMPLES
 from .new import new
-from .parsing import device_of, integers
 from .report import EXAMPLES as REPORT_EXAMPLES
 from .report import report
+from .tune import EXAMPLES as TUNE_EXAMPLES
+from .tune import tune
 
 __all__ = ["app", "run"]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-_DTYPES = {
-    "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
-    "float64": torch.float64,
-}  # fmt: skip
 _CODES = "; ".join(f"{code}: {meaning}" for code, meaning in EXIT_CODES.items())
+
+
+class _Commands(TyperGroup):
+    """The commands, each of which Ctrl-C ends with one line and one code in every typer version."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # commands that keep something have caught it themselves
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(ExitCode.INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 
 
 @app.callback()
@@ -56,125 +54,14 @@ def _hyperframe() -> None:
     """Near-linear attention with pluggable heavy-entry detectors."""
 
 
-# Optional[...] and not `| None`: typer reads these annotations on Python 3.10 too
-@app.command(epilog=f"Exit codes: {_CODES}.")
-def bench(
-    suites: Annotated[Optional[list[str]], typer.Option(  # noqa: UP045
-        "--suite", help=f"What to measure, may be repeated: {', '.join(SUITES)}.")] = None,
-    specs: Annotated[Optional[list[str]], typer.Option(  # noqa: UP045
-        "--spec", help="Measure this detector instead, for example 'sort_lsh(block_size=128)'; "
-        "may be repeated.")] = None,
-    causal: Annotated[str, typer.Option(
-        help="With --spec: none, single_pass or recursive.")] = "none",
-    num_samples: Annotated[int, typer.Option(help="With --spec: sampled keys.")] = 256,
-    sampler: Annotated[str, typer.Option(help="With --spec: the sampler.")] = "uniform",
-    estimator: Annotated[str, typer.Option(help="With --spec: the estimator.")] = "uniform",
-    min_seq_len: Annotated[Optional[int], typer.Option(  # noqa: UP045
-        help="With --spec: longest exact leaf of the recursion, 512 unless given; in the other "
-        "forms the length up to which exact attention answers, 0 unless given.")] = None,
-    lengths: Annotated[Optional[str], typer.Option(  # noqa: UP045
-        help="Lengths n, separated by commas.")] = None,
-    head_dim: Annotated[Optional[str], typer.Option(  # noqa: UP045
-        help="Head dimensions, separated by commas.")] = None,
-    heads: Annotated[Optional[int], typer.Option(  # noqa: UP045
-        help="Query heads; 12 on a GPU, 4 elsewhere.")] = None,
-    kv_heads: Annotated[Optional[int], typer.Option(  # noqa: UP045
-        help="Key heads; as many as query heads unless given.")] = None,
-    batch: Annotated[int, typer.Option(help="Batch items.")] = 1,
-    dtype: Annotated[Optional[str], typer.Option(  # noqa: UP045
-        help=f"{', '.join(_DTYPES)}; bfloat16 on a GPU, float32 elsewhere.")] = None,
-    device: Annotated[Optional[str], typer.Option(  # noqa: UP045
-        help="Where to run; a GPU if there is one.")] = None,
-    backend: Annotated[str, typer.Option(help="Backend of the approximation.")] = "auto",
-    inputs: Annotated[Optional[str], typer.Option(  # noqa: UP045
-        help=f"Kind of inputs: {', '.join(ERROR_BOUNDS)}.")] = None,
-    max_error: Annotated[Optional[float], typer.Option(  # noqa: UP045
-        help="Relative error above which no speed-up is reported; 0.5 on planted inputs.")] = None,
-    seed: Annotated[int, typer.Option(help="Of inputs and draws.")] = 0,
-    forward_only: Annotated[bool, typer.Option(
-        "--forward-only", help="Leave out forward + backward.")] = False,
-    graphs: Annotated[Optional[bool], typer.Option(  # noqa: UP045
-        "--graphs/--no-graphs", help="Also time replays of CUDA graphs.")] = None,
-    stages: Annotated[Optional[bool], typer.Option(  # noqa: UP045
-        "--stages/--no-stages", help="Also time the stages of a forward.")] = None,
-    flush: Annotated[bool, typer.Option(
-        "--flush-l2", help="Start every repeat with a cold L2 cache.")] = False,
-    seconds: Annotated[Optional[float], typer.Option(  # noqa: UP045
-        "--budget-seconds", help="For the repeats of each timed function; 0.5 on a GPU, 0.2 "
-        "elsewhere.")] = None,
-    out: Annotated[Optional[Path], typer.Option(  # noqa: UP045
-        help="Append the rows to this JSON-lines file.")] = None,
-    plot: Annotated[Optional[Path], typer.Option(  # noqa: UP045
-        help="Draw ms against n into this file.")] = None,
-    as_json: Annotated[bool, typer.Option(
-        "--json", help="Print a JSON array of the rows instead of a table.")] = False,
-) -> None:  # fmt: skip
-    """Time attention beside the exact kernels, with the error beside every time.
-
-    No speed-up is reported where the accuracy gate of the same run fails.
-    """
-    where = device_of(device)
-    on_gpu = where.type == "cuda"
-    dtype = dtype or ("bfloat16" if on_gpu else "float32")
-    check_choice("bench", "dtype", dtype, tuple(_DTYPES))
-    settings = Settings(
-        device=where, dtype=_DTYPES[dtype], lengths=integers("--lengths", lengths),
-        head_dims=integers("--head-dim", head_dim), batch=batch,
-        heads=heads or (12 if on_gpu else 4), kv_heads=kv_heads, backend=backend, seed=seed,
-        inputs=inputs, max_error=max_error, forward_only=forward_only, graphs=graphs,
-        stages=stages, flush=flush,
-        seconds=(0.5 if on_gpu else 0.2) if seconds is None else seconds,
-    )  # fmt: skip
-    if specs and suites:
-        raise ArgumentError("--spec and --suite: give one of them; a suite names its own specs")
-    if specs:
-        methods = tuple(
-            _method(spec, causal, num_samples, sampler, estimator, min_seq_len) for spec in specs
-        )
-        chosen = [custom_suite(methods)]
-    else:
-        chosen = [suite(name) for name in suites or ["overview"]]
-    if plot is not None:
-        check_plotting()
-    everything: list[dict[str, Any]] = []
-    for each in chosen:
-        rows = []
-        for row in run_suite(each, settings):
-            rows.append(row)
-            if out is not None:
-                append_rows(out, [row])
-            if not as_json and sys.stderr.isatty():
-                typer.echo(f"{each.name}: n = {row['n']}, {row['label']}", err=True)
-        if not as_json:
-            print_report(rows)
-        everything += rows
-    if as_json:
-        typer.echo(json.dumps(everything, indent=2))
-    if plot is not None:
-        plot_rows(plot, everything)
-    if failed_gates(everything):
-        raise typer.Exit(3)
-
-
-def _method(
-    spec: str, causal: str, num_samples: int, sampler: str, estimator: str, min_seq_len: int | None
-) -> AbstractMethod:
-    check_choice("bench", "causal", causal, ("none", "single_pass", "recursive"))
-    if min_seq_len is None:
-        min_seq_len = 512 if causal == "recursive" else 0
-    attention = HyperAttention(
-        detector=spec, sampler=sampler, estimator=estimator, num_samples=num_samples,
-        causal="single_pass" if causal == "none" else causal, min_seq_len=min_seq_len,
-    )  # fmt: skip
-    label = spec if causal == "none" else f"{spec}, {causal}"
-    return SpecMethod(label=label, is_causal=causal != "none", attention=attention)
-
-
-app.command(epilog=f"Exit codes: {_CODES}.")(frontier)
+app.command(epilog=f"{BENCH_EXAMPLES}\n\nExit codes: {_CODES}.")(bench)
+app.command(epilog=f"{FRONTIER_EXAMPLES}\n\nExit codes: {_CODES}.")(frontier)
 app.command(epilog=f"{COMPONENTS_EXAMPLES}\n\nExit codes: {_CODES}.")(components)
 app.command(epilog=f"{NEW_EXAMPLES}\n\nExit codes: {_CODES}.")(new)
 app.command(epilog=f"{CAPTURE_EXAMPLES}\n\nExit codes: {_CODES}.")(capture)
 app.command(epilog=f"{REPORT_EXAMPLES}\n\nExit codes: {_CODES}.")(report)
+app.command("eval", epilog=f"{EVAL_EXAMPLES}\n\nExit codes: {_CODES}.")(evaluate)
+app.command(epilog=f"{TUNE_EXAMPLES}\n\nExit codes: {_CODES}.")(tune)
 
 
 def run(arguments: list[str] | None) -> int:
@@ -182,8 +69,8 @@ def run(arguments: list[str] | None) -> int:
     try:
         app(args=arguments, prog_name="hyperframe")
     except SystemExit as end:
-        return int(end.code or 0)
+        return int(end.code or ExitCode.DONE)
     except HyperframeError as error:
         typer.echo(f"hyperframe: {error}", err=True)
-        return 1
-    return 0
+        return int(ExitCode.FAILED)
+    return int(ExitCode.DONE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -11,7 +10,8 @@ import typer
 
 from ..component import check_choice
 from ..errors import ArgumentError
-from .frontier import INTERRUPTED
+from .codes import ExitCode
+from .output import echo_json
 from .parsing import device_of, integers
 
 __all__ = ["EXAMPLES", "capture"]
@@ -85,10 +85,10 @@ def capture(
         beside.replace(out)
     except KeyboardInterrupt:
         typer.echo("interrupted; nothing was written", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(ExitCode.INTERRUPTED) from None
     written = {"out": str(out), **summary(found, about)}
     if as_json:
-        typer.echo(json.dumps(written, indent=2))
+        echo_json(written)
         return
     for layer in written["layers"]:
         query, key = (" x ".join(map(str, layer[name])) for name in ("query", "key"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from typing import Annotated, Any, Optional
 
 import typer
@@ -12,6 +11,7 @@ from .. import detectors, estimators, samplers
 from ..component import AbstractComponent, check_choice
 from ..registry import Registry, RegistryEntry
 from ..spec import ParsedSpec
+from .output import echo_json
 
 __all__ = ["EXAMPLES", "KINDS", "component_rows", "components"]
 
@@ -48,7 +48,7 @@ def components(
         check_choice("components", "kind", each, tuple(KINDS))
     rows = [row for each in kind or KINDS for row in component_rows(KINDS[each])]
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        echo_json(rows)
         return
     for each in dict.fromkeys(row["kind"] for row in rows):
         usable = [row for row in rows if (row["kind"], row["status"]) == (each, "ok")]

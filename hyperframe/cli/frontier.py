@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
+from .codes import ExitCode
+from .output import echo_json
 from .parsing import device_of, integers
 from .progress import shown_progress
 
-__all__ = ["INTERRUPTED", "frontier"]
+__all__ = ["EXAMPLES", "frontier"]
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+EXAMPLES = """Examples:
+
+hyperframe frontier heads.safetensors
+
+hyperframe frontier heads.safetensors --detector quest --detector tile_oracle --budget 128,256
+
+hyperframe frontier heads.safetensors --causal recursive --out rows.jsonl --plot frontier.png
+
+hyperframe frontier heads.safetensors --detector 'quest(block_size=32)' --strict --json"""
 
 
 # Optional[...] and not `| None`: typer reads these annotations on Python 3.10 too
@@ -89,11 +97,11 @@ def frontier(
                 rows.append(row)  # noqa: PERF402 - what is there when Ctrl-C comes stays
         is_whole = True
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        echo_json(rows)
     else:
         library.print_frontier(rows)
     if plot is not None and any(row["failure"] is None for row in rows):
         library.plot_frontier(plot, rows)
     if not is_whole:
         typer.echo(f"interrupted after {len(rows)} rows", err=True)
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(ExitCode.INTERRUPTED)

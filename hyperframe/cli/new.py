@@ -15,6 +15,7 @@ from ..component import check_choice
 from ..errors import ArgumentError
 from ..spec import is_spec_name
 from .components import KINDS
+from .output import echo_json
 
 __all__ = ["EXAMPLES", "new", "package_files"]
 
@@ -22,7 +23,9 @@ EXAMPLES = """Examples:
 
 hyperframe new detector my_topk
 
-hyperframe new sampler by_norm --out ~/code --author 'Ada Lovelace'"""
+hyperframe new sampler by_norm --out ~/code --author 'Ada Lovelace'
+
+hyperframe new estimator my_sums --json"""
 
 _FLOOR = (
     "0.1"  # of this distribution: where plug-ins, conformance checks and function detectors are
@@ -45,6 +48,8 @@ def new(
         help="The folder that the package's own folder goes into.")] = Path(),
     author: Annotated[Optional[str], typer.Option(  # noqa: UP045
         help="Who wrote it, for the package's metadata.")] = None,
+    as_json: Annotated[bool, typer.Option(
+        "--json", help="Print what was written as one JSON object.")] = False,
 ) -> None:  # fmt: skip
     """Write a package with a component that works: an entry point, and tests that pass.
 
@@ -61,9 +66,20 @@ def new(
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
-    typer.echo(f"{folder}: {len(files)} files. The {kind} is in {_module(kind, name)}. Now:\n")
-    typer.echo(f"    pip install -e '{folder}[test]'\n    pytest {folder}")
-    typer.echo(f"    hyperframe components --kind {kind}")
+    commands = [
+        f"pip install -e '{folder}[test]'", f"pytest {folder}",
+        f"hyperframe components --kind {kind}",
+    ]  # fmt: skip
+    module = _module(kind, name)
+    if as_json:
+        echo_json({
+            "kind": kind, "name": name, "folder": str(folder), "module": module,
+            "files": sorted(files), "next": commands,
+        })  # fmt: skip
+        return
+    typer.echo(f"{folder}: {len(files)} files. The {kind} is in {module}. Now:\n")
+    for command in commands:
+        typer.echo(f"    {command}")
 
 
 def package_files(kind: str, name: str, *, author: str | None = None) -> dict[str, str]:

@@ -9,7 +9,7 @@ __all__ = ["shown_progress"]
 
 
 @contextlib.contextmanager
-def shown_progress(*, is_shown: bool) -> Iterator[Callable[[int, int, str], None]]:
+def shown_progress(*, is_shown: bool) -> Iterator[Callable[[int, int | None, str], None]]:
     """Show a bar on stderr, with what is being measured."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn

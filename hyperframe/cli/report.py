@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -12,7 +11,8 @@ import typer
 
 from ..component import check_choice
 from ..errors import ArgumentError
-from .frontier import INTERRUPTED
+from .codes import ExitCode
+from .output import echo_json
 from .parsing import device_of, integers
 from .progress import shown_progress
 
@@ -40,7 +40,8 @@ def report(
     out: Annotated[Path, typer.Option(
         help="The folder to write to: index.html, rows.jsonl and pictures.")] = Path("report"),
     figure: Annotated[Optional[list[str]], typer.Option(  # noqa: UP045
-        help="masks, alpha, samples, budgets or heads; may be repeated. All unless given.")] = None,
+        help="masks, alpha, samples, budgets, heads or recursion; may be repeated. All of them "
+        "unless given.")] = None,
     sampler: Annotated[str, typer.Option(
         help="Of the residual; auto goes with the detector.")] = "auto",
     num_samples: Annotated[int, typer.Option(
@@ -56,6 +57,9 @@ def report(
     head: Annotated[Optional[str], typer.Option(  # noqa: UP045
         metavar="LAYER.HEAD", help="Whose masks are drawn; of the middle layer unless given.")]
     = None,
+    leaf: Annotated[Optional[int], typer.Option(  # noqa: UP045
+        help="Rows of a leaf of the causal recursion, at most; an eighth of all, or twice the "
+        "samples, unless given.")] = None,
     form: Annotated[str, typer.Option("--format", help="Of the pictures: png or svg.")] = "png",
     device: Annotated[Optional[str], typer.Option(  # noqa: UP045
         help="Where to run; a GPU if there is one.")] = None,
@@ -75,6 +79,7 @@ def report(
     options: dict[str, Any] = {
         "sample_grid": integers("--samples", samples), "budgets": integers("--budget", budget),
         "lengths": integers("--lengths", lengths), "head": _head(head),
+        "leaf": leaf,
     }  # fmt: skip
     if spec:
         options["specs"] = spec
@@ -96,7 +101,7 @@ def report(
         is_whole = True
     made = write(source, rows, out=out, form=form, is_whole=is_whole)
     if as_json:
-        typer.echo(json.dumps(made.rows, indent=2))
+        echo_json(made.rows)
     else:
         failures = {row["failure"]: row for row in made.rows if row["failure"] is not None}
         for reason, row in failures.items():
@@ -105,7 +110,7 @@ def report(
         typer.echo(f"{len(made.rows)} rows, {len(made.files) - 2} pictures -> {made.page}")
     if not is_whole:
         typer.echo(f"interrupted after {len(rows)} rows", err=True)
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(ExitCode.INTERRUPTED)
 
 
 def _head(text: str | None) -> tuple[int, int] | None:

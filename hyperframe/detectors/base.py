@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 import torch
 
 from ..component import AbstractComponent
-from ..errors import ArgumentError, UnsupportedError
+from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from ..masks import BlockMask, HeavyMask, check_mask_type
-from ..plugins import offered_by
+from ..plugins import blame, described
 from ..randomness import check_generator, with_generator
 from ..rectangles import Level, level_rectangles
-from ..validation import check_inputs, check_scale
+from ..validation import check_inputs, check_scale, may_look_at
 
 __all__ = ["AbstractDetector", "default_scale"]
 
@@ -35,7 +35,11 @@ def _checked(find: _Find) -> _Find:
         check_inputs(query, key, key)
         check_scale(options.get("scale"), query.shape[-1])
         check_generator(options.get("generator"))
-        mask = find(self, query, key, **options)
+        try:
+            mask = find(self, query, key, **options)
+        except (ArgumentError, ArgumentTypeError) as error:
+            blame(self, error)
+            raise
         is_causal = bool(options.get("is_causal", False))
         _check_answer(self, mask, query, key, is_causal=is_causal)
         return mask
@@ -58,17 +62,17 @@ def _checked_levels(find: Callable[..., list[BlockMask] | None]) -> Callable[...
         expected = [level_rectangles(level, length) for level in options["levels"]]
         if [getattr(mask, "rectangles", None) for mask in masks] != expected:
             raise ArgumentError(
-                f"the detector {self.name} returned no masks of the levels' rectangles; return a "
+                f"{described(self)} returned no masks of the levels' rectangles; return a "
                 "BlockMask for each level, with the rectangles level_rectangles(level, n)"
             )
         for mask, level in zip(masks, options["levels"], strict=True):
             _check_answer(self, mask, query, key, is_causal=False)
-            if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            if may_look_at(mask.device):
                 run = torch.arange(length) // level.size
                 for order in (mask.query_order, mask.key_order):
                     if bool((order // level.size != run).any()):
                         raise ArgumentError(
-                            f"the detector {self.name} moved rows between runs of {level.size}, "
+                            f"{described(self)} moved rows between runs of {level.size}, "
                             "where a row would see later keys; sort inside the runs only"
                         )
         return masks
@@ -83,7 +87,7 @@ def _check_answer(
     """Check that a mask answers what a detector was asked."""
     given: Any = mask
     if not isinstance(given, HeavyMask):
-        check_mask_type(f"the detector {_who(detector)} returned its mask", given)
+        check_mask_type(f"{described(detector)} returned its mask", given)
     expected = {
         "batch_size": query.shape[0], "num_query_heads": query.shape[1],
         "num_queries": query.shape[2], "num_keys": key.shape[2], "is_causal": is_causal,
@@ -91,18 +95,17 @@ def _check_answer(
     for field, value in expected.items():
         if getattr(mask, field) != value:
             raise ArgumentError(
-                f"the detector {_who(detector)} returned a mask with {field}="
+                f"{described(detector)} returned a mask with {field}="
                 f"{getattr(mask, field)!r}, but it was asked with {field}={value!r}; hand the "
                 "sizes of query and key, and is_causal, on to the mask"
             )
     # elsewhere a look at the values would make the call wait, or break the graph
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
-        mask.validate()
-
-
-def _who(detector: AbstractDetector) -> str:
-    """Its name, and that of the distribution it comes from if it is a plug-in."""
-    return f"{detector.name}{offered_by(type(detector))}"
+    if may_look_at(mask.device):
+        try:
+            mask.validate()
+        except (ArgumentError, ArgumentTypeError) as error:
+            blame(detector, error)
+            raise
 
 
 def default_scale(query: torch.Tensor, scale: float | None) -> float:

@@ -143,7 +143,8 @@ class AbstractLeafDetector(AbstractDetector):
             index, count = self._choose(
                 query, key, leaves, seen, scale, earlier_query, strict=strict
             )
-        return _mask(query, key, index, count, size, is_causal=False)
+        every = leaves.keys, leaves.sizes
+        return _mask(query, key, index, count, size, is_causal=False, blocks=every)
 
     def _causal(
         self, query: torch.Tensor, key: torch.Tensor, scale: float | None,
@@ -255,10 +256,10 @@ class AbstractLeafDetector(AbstractDetector):
 
 def _mask(
     query: torch.Tensor, key: torch.Tensor, index: torch.Tensor, count: torch.Tensor,
-    tile_size: int, *, is_causal: bool,
+    tile_size: int, *, is_causal: bool, blocks: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> ListMask:  # fmt: skip
     return ListMask(
         batch_size=query.shape[0], num_query_heads=query.shape[1], num_queries=query.shape[2],
         num_keys=key.shape[2], is_causal=is_causal, key_index=index, key_count=count,
-        tile_size=tile_size,
+        tile_size=tile_size, blocks=blocks,
     )  # fmt: skip

@@ -13,10 +13,12 @@ import torch
 from ..component import AbstractComponent, check_non_negative_int
 from ..errors import ArgumentError
 from ..masks import HeavyMask, check_mask_type
+from ..plugins import is_built_in
 from ..randomness import check_generator, with_generator
 from ..rowsums import RowSumRule, RowSums
 from ..samplers import AbstractSampler
 from ..validation import check_inputs, check_scale
+from .answers import with_checked_answer
 
 __all__ = ["AbstractEstimator"]
 
@@ -65,9 +67,13 @@ class AbstractEstimator(AbstractComponent):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Wrap `row_sums` with checks of its arguments, and see to the source of draws."""
         super().__init_subclass__(**kwargs)
-        for name, wrap in (("row_sums", _checked), ("rule", with_generator)):
+        for name, wrap, answer in (
+            ("row_sums", _checked, RowSums), ("rule", with_generator, RowSumRule),
+        ):  # fmt: skip
             method = cls.__dict__.get(name)
             if method is not None and not getattr(method, "__isabstractmethod__", False):
+                if not is_built_in(cls):
+                    method = with_checked_answer(method, answer)
                 setattr(cls, name, wrap(method))
                 cls.takes_stream = cls.__dict__.get("takes_stream", False)
 

@@ -21,6 +21,7 @@ from .band import BandMask
 from .base import HeavyMask, check_mask_type
 from .block import BlockMask
 from .entry import MAX_ENTRY_TILE, EntryMask
+from .key_blocks import KeyBlocks
 from .list import ListMask
 from .range import RangeMask
 from .union import UnionMask
@@ -31,6 +32,7 @@ __all__ = [
     "BlockMask",
     "EntryMask",
     "HeavyMask",
+    "KeyBlocks",
     "ListMask",
     "RangeMask",
     "UnionMask",

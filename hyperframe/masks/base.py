@@ -10,6 +10,7 @@ from typing import TypedDict
 import torch
 
 from ..errors import ArgumentTypeError
+from .key_blocks import KeyBlocks
 
 __all__ = ["HeavyMask", "Problem", "check_mask_type", "problem_of"]
 
@@ -83,6 +84,13 @@ class HeavyMask(ABC):
     def parts(self) -> Iterator[HeavyMask]:
         """Yield the masks whose union this is: itself, unless it is a `UnionMask`."""
         yield self
+
+    def key_blocks(self) -> KeyBlocks | None:
+        """Return the blocks of keys that the mask was made from, the same for all rows.
+
+        None for a mask that knows of none. Of a union, the first member that has blocks answers.
+        """
+        return None
 
     def validate(self) -> HeavyMask:
         """Check the values of the mask's tensors and return it; may read the device."""

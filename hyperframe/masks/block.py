@@ -12,6 +12,7 @@ from ..ragged import take_ranges
 from ..rectangles import Places
 from ..tables import int_table, kept
 from .base import HeavyMask, problem_of
+from .key_blocks import KeyBlocks
 from .range import RangeMask
 
 __all__ = ["BlockMask", "BlockTiles"]
@@ -115,6 +116,11 @@ class BlockMask(HeavyMask):
         rank = torch.empty_like(self.key_order, memory_format=torch.contiguous_format)
         return rank.scatter_(-1, self.key_order.long(), places.expand_as(rank))
 
+    def key_blocks(self) -> KeyBlocks:
+        """Return the blocks of the key order; keys between two rectangles are one more block."""
+        edge = _key_edges(self.rectangles, self.block_size, self.num_keys, self.device)
+        return KeyBlocks(self.key_order, edge)
+
     def nnz(self) -> torch.Tensor:
         """Return the number of heavy entries of every head; see `HeavyMask.nnz`."""
         if self.is_causal:
@@ -183,6 +189,18 @@ def _check_rectangles(rectangles: tuple[Places, ...], num_queries: int, num_keys
                     f"0..{length}, or belong to another rectangle too"
                 )
             before = stop
+
+
+@kept
+def _key_edges(
+    rectangles: tuple[Places, ...], block_size: int, num_keys: int, device: torch.device
+) -> torch.Tensor:
+    """Return where blocks of keys begin, whether they hold rows or not, and where the last ends."""
+    edges = {0, num_keys}
+    for _, _, start, stop in rectangles:
+        blocks = -(-(stop - start) // block_size)
+        edges.update(start + b * (stop - start) // blocks for b in range(blocks + 1))
+    return torch.tensor(sorted(edges), dtype=torch.int64).to(device)
 
 
 @kept

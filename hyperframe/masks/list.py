@@ -10,6 +10,7 @@ import torch
 from ..errors import ArgumentError, ArgumentTypeError
 from ..ragged import keep_in_lists, spread_heads
 from .base import HeavyMask, problem_of
+from .key_blocks import KeyBlocks
 
 __all__ = ["ListMask"]
 
@@ -26,12 +27,15 @@ class ListMask(HeavyMask):
         tile_size: rows of a tile; `n_q` or more for one list a head, 1 for one list a row.
         is_ascending: the maker vouches that the used keys of every list ascend, which spares the
             builder a sort on a GPU.
+        blocks: where lists consist of blocks of keys, all of those there are: integer `[batch,
+            key_heads, blocks, longest]`, and int64 `[blocks]`, how many keys each has.
     """
 
     key_index: torch.Tensor
     key_count: torch.Tensor
     tile_size: int
     is_ascending: bool = False
+    blocks: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -117,6 +121,10 @@ class ListMask(HeavyMask):
             )
         return self
 
+    def key_blocks(self) -> KeyBlocks | None:
+        """Return `blocks`, if they are known."""
+        return None if self.blocks is None else KeyBlocks.of_lists(*self.blocks, self.num_keys)
+
     def retile(self, tile_size: int) -> ListMask:
         """Return the same mask over smaller tiles; `tile_size` must divide the present one.
 
@@ -137,7 +145,7 @@ class ListMask(HeavyMask):
             )
         return ListMask(
             **problem_of(self), key_index=index, key_count=count, tile_size=tile_size,
-            is_ascending=self.is_ascending,
+            is_ascending=self.is_ascending, blocks=self.blocks,
         )  # fmt: skip
 
     def restricted(self, row_start: int, num_rows: int, key_start: int, num_keys: int) -> ListMask:

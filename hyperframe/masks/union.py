@@ -9,6 +9,7 @@ import torch
 
 from ..errors import ArgumentError
 from .base import HeavyMask, problem_of
+from .key_blocks import KeyBlocks
 
 __all__ = ["UnionMask"]
 
@@ -53,6 +54,11 @@ class UnionMask(HeavyMask):
     def parts(self) -> Iterator[HeavyMask]:
         """Yield the members."""
         yield from self.members
+
+    def key_blocks(self) -> KeyBlocks | None:
+        """Return the blocks of the first member that has some."""
+        found = (member.key_blocks() for member in self.members)
+        return next((blocks for blocks in found if blocks is not None), None)
 
     def _rows(self, start: int, stop: int) -> torch.Tensor:
         dense = self.members[0]._rows(start, stop)

@@ -105,7 +105,8 @@ def draw(rows: Sequence[Row], specs: Sequence[str]) -> Any:
             colour = colour_of(layers, layer)
             axis.plot(x, median, marker="o", markersize=3, color=colour, label=f"layer {layer}")
             axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-        axis.set(xscale="log", yscale="log", ylabel=QUANTITY)
+        axis.set(xscale="log", yscale="log")
+        axis.set_ylabel(QUANTITY, fontsize=9)
         what = "all columns" if skipped == 0 else f"without the first {skipped} columns"
         axis.set_title(what, fontsize=9)
         axis.set_xticks(x, [f"{n:,}" for n in x])
@@ -113,6 +114,6 @@ def draw(rows: Sequence[Row], specs: Sequence[str]) -> Any:
         axis.minorticks_off()
         axis.grid(visible=True, alpha=0.25)
         axis.tick_params(labelsize=8)
-    axes[-1].set_xlabel("n, positions")
+    axes[-1].set_xlabel("n, positions", fontsize=9)
     axes[0].legend(fontsize=7, ncols=2)
     return drawn

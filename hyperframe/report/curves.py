@@ -1,4 +1,4 @@
-"""Lines of errors, one for each detector: what the figures `samples` and `budgets` share."""
+"""Lines of errors, one for each detector: what `samples`, `budgets` and `recursion` share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from .drawing import colour_of, figure, label_log, panel_title
 from .rows import Row, measured
 
 __all__ = ["draw_curves"]
+
+_ROUNDING = 1e-5  # what is exact up to rounding lies below the axis
 
 
 def draw_curves(
@@ -36,7 +38,7 @@ def draw_curves(
         lines = [
             sorted(
                 (row[x], row["value"])
-                for row in measured(rows, figure_name, statistic=name, spec=spec)
+                for row in measured(rows, figure_name, statistic=name, spec=spec, quantity="error")
             )
             for name in ("median", "low", "high")
         ]
@@ -55,11 +57,13 @@ def draw_curves(
     else:
         axis.set_xscale("log", base=2)
     axis.set_yscale("log")
+    if axis.get_ylim()[0] < _ROUNDING:
+        axis.set_ylim(bottom=_ROUNDING)
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     label_log(axis.yaxis)
     axis.minorticks_off()
-    axis.set_xlabel(label)
-    axis.set_ylabel("relative error of a head's output")
+    axis.set_xlabel(label, fontsize=9)
+    axis.set_ylabel("relative error of a head's output", fontsize=9)
     axis.grid(visible=True, alpha=0.25)
     axis.tick_params(labelsize=8)
     axis.legend(fontsize=7)

@@ -12,7 +12,7 @@ from .drawing import FORMATS
 from .rows import Row, measured
 from .settings import FIGURES
 
-__all__ = ["Picture", "page"]
+__all__ = ["Picture", "Table", "page"]
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -23,7 +23,11 @@ figure { margin: 0; } figure img { width: 100%; height: auto; }
 figcaption, .note { color: #555; font-size: .9rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
+table { overflow-wrap: normal; margin-top: 1rem; } th { vertical-align: bottom; }
+td { white-space: nowrap; } td:first-child { white-space: normal; overflow-wrap: anywhere; }
 th:first-child, td:first-child { text-align: left; min-width: 9rem; }
+@media (max-width: 30rem) { th, td { padding: .3rem .4rem; }
+  th:first-child, td:first-child { min-width: 7.5rem; padding-left: 0; } }
 code { font-size: .9em; } .failed { color: #a00; }
 """
 
@@ -45,15 +49,29 @@ class Picture:
     caption: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Numbers below a figure.
+
+    Attributes:
+        head: names of the columns.
+        lines: cells as text; the first one of a line is a spec.
+    """
+
+    head: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+
 def page(
     rows: Sequence[Row], pictures: Sequence[Picture], *, title: str, facts: Mapping[str, Any],
-    specs: Sequence[str], is_whole: bool = True,
+    specs: Sequence[str], tables: Mapping[str, Table | None] | None = None, is_whole: bool = True,
 ) -> str:  # fmt: skip
     """Return the page.
 
     Args:
         rows: of the report.
         pictures: in their order.
+        tables: below pictures, by their names.
         title: of the page.
         facts: what was measured on, by name.
         specs: in the order of the table.
@@ -76,6 +94,13 @@ def page(
             f'<figure><img alt="{_text(what)}" src="{source}">'
             f"<figcaption>{_text(picture.caption)}</figcaption></figure>"
         )
+        table = (tables or {}).get(picture.name)
+        if table is not None:
+            lines = [
+                [f"<code>{_text(spec)}</code>", *(_text(cell) for cell in cells)]
+                for spec, *cells in table.lines
+            ]
+            parts.append(_grid(table.head, lines))
     parts.append(_failures(rows))
     body = "\n".join(part for part in parts if part)
     return (
@@ -109,12 +134,11 @@ def _table(rows: Sequence[Row], specs: Sequence[str]) -> str:
         if numbers:
             errors = measured(of_spec, "heads", quantity="error", statistic="head")
             worst = max(errors, key=lambda row: float(row["value"]))
-            cells = [
+            lines.append([
                 f"<code>{_text(spec)}</code>", f"{numbers['error', 'median']:.3g}",
                 f"{worst['value']:.3g} ({worst['layer']}.{worst['head']})",
                 f"{numbers['mass', 'median']:.3f}", f"{numbers['keys', 'mean']:,.0f}",
-            ]  # fmt: skip
-            lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+            ])  # fmt: skip
     if not lines:
         return ""
     head = (
@@ -124,8 +148,16 @@ def _table(rows: Sequence[Row], specs: Sequence[str]) -> str:
         "mass held, median",
         "keys held",
     )
-    header = "".join(f"<th>{name}</th>" for name in head)
-    return f'<div class="wide"><table><tr>{header}</tr>\n' + "\n".join(lines) + "</table></div>"
+    return _grid(head, lines)
+
+
+def _grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table whose cells are markup; one too wide for its page scrolls by itself."""
+    header = "".join(f"<th>{_text(name)}</th>" for name in head)
+    body = "\n".join(
+        "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>" for cells in lines
+    )
+    return f'<div class="wide"><table><tr>{header}</tr>\n{body}</table></div>'
 
 
 def _failures(rows: Sequence[Row]) -> str:

@@ -16,13 +16,14 @@ ROW_KEYS: dict[str, str] = {
     "figure": "the figure that shows it, see `FIGURES`",
     "file": "name of the file with the captured heads",
     "digest": "of its content, the first 12 digits of SHA-256",
-    "quantity": "error, mass, keys, density, held, attention, or alpha / n",
+    "quantity": "error, mass, keys, density, held, attention, or alpha / n; of rectangles also "
+    "log10 kappa (and centred), weight, calls",
     "statistic": "head: of one head (mean over batch items); layer: mean over its heads; mean: "
     "over layers; median, low, high: over heads, low and high are quartiles; map: a picture",
     "spec": "the detector as it was asked for; null where the number has none",
     "budget": "keys that the detector aims at; null where it is taken as it is",
     "num_samples": "sampled keys of a row; null where nothing is sampled",
-    "n": "keys",
+    "n": "keys; of a rectangle, where the figure is recursion",
     "skip_first": "leading columns left out; null where that means nothing",
     "layer": "the layer; null for a statistic over all",
     "head": "the query head, as the model numbers it where the file says so; null likewise",

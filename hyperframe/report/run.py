@@ -17,7 +17,7 @@ from ..benchmarking.timing import Failure
 from ..component import check_choice
 from ..integrations.capture import CapturedHeads, load_about
 from ..kernels import resolve_backend
-from . import alpha, budgets, heads, masks, samples
+from . import alpha, budgets, heads, masks, recursion, samples
 from .drawing import FORMATS, check_plotting, encode
 from .page import Picture, page
 from .rows import Row
@@ -32,6 +32,7 @@ empty string after the last one."""
 
 _MODULES: dict[str, ModuleType] = {
     "masks": masks, "alpha": alpha, "samples": samples, "budgets": budgets, "heads": heads,
+    "recursion": recursion,
 }  # fmt: skip
 _MEMORY = "heads in memory"
 
@@ -70,8 +71,9 @@ def report(
         MissingDependencyError: matplotlib is not installed.
 
     What cannot be measured is a row with its `failure`, and a line on the page. Cost: attention
-    calls for `specs` x layers x (sample grid + budgets + 2), exact attention for each layer, and a
-    pass over the logits for each layer and length. Deterministic.
+    calls for `specs` x layers x (sample grid + budgets + 3), exact attention for each layer, a pass
+    over the logits for each layer and length, and of the rectangles of the recursion for each spec
+    and layer. Deterministic.
     """
     settings = ReportSettings(**options)
     check_choice("report", "form", form, tuple(FORMATS))
@@ -169,9 +171,11 @@ def write(
     with files[-1].open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     index = out / "index.html"
+    tables = {name: module.table(rows, source.settings.specs)
+              for name, module in _MODULES.items() if hasattr(module, "table")}  # fmt: skip
     text = page(
-        rows, pictures, title=f"Attention of {_title(source)}", facts=_facts(source),
-        specs=source.settings.specs, is_whole=is_whole,
+        rows, pictures, tables=tables, title=f"Attention of {_title(source)}",
+        facts=_facts(source), specs=source.settings.specs, is_whole=is_whole,
     )  # fmt: skip
     index.write_text(text, encoding="utf-8")
     return Report(rows=list(rows), page=index, files=[index, *files])
@@ -187,7 +191,7 @@ def _facts(source: Source) -> dict[str, Any]:
     problem, settings = source.problem, source.settings
     query = problem.layers[0].query
     facts = {
-        "model": source.about.get("model"), "input": source.about.get("input"),
+        "model": _model_name(source.about.get("model")), "input": source.about.get("input"),
         "positions": f"{problem.length:,}",
         "layers": ", ".join(str(layer.layer_idx) for layer in problem.layers),
         "query heads": query.shape[1], "key heads": problem.layers[0].key.shape[1],
@@ -197,3 +201,10 @@ def _facts(source: Source) -> dict[str, Any]:
         "dtype": str(query.dtype).removeprefix("torch."),
     }  # fmt: skip
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def _model_name(model: str | None) -> str | None:
+    """Return the name of a model; of a folder, what it is called and not where it lies."""
+    if model is None or not Path(model).is_absolute():
+        return model
+    return Path(model).name

@@ -19,6 +19,7 @@ FIGURES: dict[str, str] = {
     "samples": "error against the number of samples",
     "budgets": "error against the budget",
     "heads": "error, mass held and alpha / n of every head",
+    "recursion": "what the causal recursion does on rectangles of every size",
 }
 """The figures, in the order of the page."""
 
@@ -43,6 +44,8 @@ class ReportSettings:
         skip_first: leading columns that this figure also leaves out.
         head: layer and head of the figure `masks`, as the file numbers them; None takes the first
             head of the middle layer.
+        leaf: rows of an exact leaf of the causal recursion, at most. None is an eighth of the
+            positions or twice the samples, whichever is more, and at most half of the positions.
         cells: that the longer side of a picture of a matrix has at most.
         backend: of the attention.
         seed: of all draws.
@@ -58,6 +61,7 @@ class ReportSettings:
     lengths: Sequence[int] | None = None
     skip_first: int = 32
     head: tuple[int, int] | None = None
+    leaf: int | None = None
     cells: int = 96
     backend: str = "auto"
     seed: int = 0
@@ -77,6 +81,8 @@ class ReportSettings:
         for length in self.lengths or ():
             check_positive_int(owner, "length", length)
         check_positive_int(owner, "cells", self.cells)
+        if self.leaf is not None:
+            check_positive_int(owner, "leaf", self.leaf)
         for name in ("specs", "figures", "sample_grid", "budgets"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):

@@ -12,11 +12,14 @@ from typing import Any, ClassVar
 import torch
 
 from ..component import AbstractComponent, check_non_negative_int
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentTypeError
+from ..masks import HeavyMask
+from ..plugins import described, is_built_in
 from ..randomness import check_generator, uniform, with_generator
 from ..rectangles import Places
 from ..samples import KeySample, SampleDraw
-from ..validation import check_inputs
+from ..validation import check_inputs, may_look_at
+from .answers import with_checked_answer
 from .distinct import distinct_in_prefixes, distinct_places, distinct_sample
 from .independent import SMALLEST_SHARE, independent_in_prefixes, independent_sample
 from .places import rectangle_table, uniform_weight, whole_where_short
@@ -60,12 +63,15 @@ class AbstractSampler(AbstractComponent):
         if "density" in cls.__dict__ and "prefix_density" not in cls.__dict__:
             # what a parent says of prefixes is not this class's density
             cls.prefix_density = AbstractSampler.prefix_density  # type: ignore[method-assign]
-        for name in ("sample", "sample_prefixes", "sample_rectangles", "draws"):
+        for name in ("sample", "sample_prefixes", "sample_rectangles", "draws", "draws_for"):
             method = cls.__dict__.get(name)
             if method is not None:
-                setattr(cls, name, with_generator(_with_scale(method)))
+                method = _with_scale(method)
+                if not is_built_in(cls):
+                    method = with_checked_answer(name, method)
+                setattr(cls, name, with_generator(method))
                 cls.takes_stream = cls.__dict__.get("takes_stream", False)
-        own = {"density", "sample", "draws"} & cls.__dict__.keys()
+        own = {"density", "sample", "draws", "draws_for"} & cls.__dict__.keys()
         if own and "sample_rectangles" not in cls.__dict__:
             # what a parent draws for all rectangles is not what this class draws for one
             cls.sample_rectangles = AbstractSampler.sample_rectangles  # type: ignore[method-assign]
@@ -211,10 +217,11 @@ class AbstractSampler(AbstractComponent):
         Returns:
             `index` int64 and `log_weight` float32, both `[batch, key_heads, rectangles, m]`; None
             for a sampler that has a density or draws in a way of its own. (A class that overrides
-            `density`, `sample` or `draws` does not inherit the method of its parent.)
+            `density`, `sample`, `draws` or `draws_for` does not inherit the method of its parent.)
         """
-        own = (type(self).sample, type(self).draws)
-        if own != (AbstractSampler.sample, AbstractSampler.draws):
+        this, base = type(self), AbstractSampler
+        own = (this.sample, this.draws, this.draws_for)
+        if own != (base.sample, base.draws, base.draws_for):
             return None
         if self._checked_density(self.density, query, key, value, scale) is not None:
             return None
@@ -230,6 +237,11 @@ class AbstractSampler(AbstractComponent):
         return KeySample(index=index, log_weight=table.log_weight.expand(shape))
 
     @property
+    def needs_mask(self) -> bool:
+        """Whether what is drawn depends on the mask, so that only `draws_for` can be asked."""
+        return False
+
+    @property
     def _may_repeat(self) -> bool:
         return bool(getattr(self, "replacement", True))
 
@@ -241,17 +253,23 @@ class AbstractSampler(AbstractComponent):
             density = of(query, key, value, scale=scale)
         if density is None:
             return None
+        given: object = density
+        if not isinstance(given, torch.Tensor):
+            raise ArgumentTypeError(
+                f"{described(self)}: its density is a {type(given).__name__}; return a tensor "
+                "[batch, key_heads, n_k], or None for the uniform density"
+            )
         if density.shape != key.shape[:3] or not density.is_floating_point():
             raise ArgumentError(
-                f"{self.name}: its density has shape {tuple(density.shape)} and dtype "
+                f"{described(self)}: its density has shape {tuple(density.shape)} and dtype "
                 f"{density.dtype}; it must be floating point [batch, key_heads, n_k] = "
                 f"{tuple(key.shape[:3])}"
             )
         if _can_look_at(density) and not bool((density >= 0).all() & density.isfinite().all()):
             raise ArgumentError(
-                f"{self.name}: its density is negative or not finite somewhere (smallest value "
-                f"{float(density.min())}, largest {float(density.max())}); look for NaN in the "
-                "inputs, or clamp it"
+                f"{described(self)}: its density is negative or not finite somewhere (smallest "
+                f"value {float(density.min())}, largest {float(density.max())}); look for NaN in "
+                "the inputs, or clamp it"
             )
         return density.double()
 
@@ -298,6 +316,25 @@ class AbstractSampler(AbstractComponent):
 
         return draw
 
+    def draws_for(
+        self, mask: HeavyMask, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *,
+        num_samples: int, generator: torch.Generator | None = None, scale: float | None = None,
+    ) -> SampleDraw | None:  # fmt: skip
+        """Return the function by which attention draws beside a mask: `draws`, unless overridden.
+
+        Args:
+            mask: what the detector found, for the same query and key.
+            query: as in `density`.
+            key: as in `density`.
+            value: as in `density`.
+            num_samples: number of draws `m`.
+            generator: source of the draws.
+            scale: as in `density`.
+        """
+        return self.draws(
+            query, key, value, num_samples=num_samples, generator=generator, scale=scale
+        )
+
 
 def _with_scale(method: Callable[..., Any]) -> Callable[..., Any]:
     """Let a method be called with `scale=` that was written without such an argument."""
@@ -314,4 +351,4 @@ def _with_scale(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _can_look_at(tensor: torch.Tensor) -> bool:
     """Whether values may be read: on other devices every call would wait, a graph would break."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return may_look_at(tensor)

@@ -11,7 +11,13 @@ from ..rectangles import Places
 from ..samples import KeySample
 from ..tables import int_table, kept
 
-__all__ = ["RectangleTable", "rectangle_table", "uniform_weight", "whole_where_short"]
+__all__ = [
+    "RectangleTable",
+    "block_runs",
+    "rectangle_table",
+    "uniform_weight",
+    "whole_where_short",
+]
 
 
 def whole_where_short(
@@ -64,3 +70,33 @@ def rectangle_table(
     log_weight = torch.where(is_whole, torch.where(slot < length, 0.0, -torch.inf), log_weight)
     whole = torch.minimum(start + slot, stop - 1)
     return RectangleTable(length, start, log_weight.float(), is_whole, whole)
+
+
+def block_runs(edge: torch.Tensor, num_samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `m` runs of places that blocks are cut into, or made of: int64 `[m]`, start and stop.
+
+    With at least as many runs as blocks, every block is cut into `floor(m / blocks)` runs or one
+    more, whose lengths differ by one at most, and may be 0. With fewer, a run is
+    `floor(blocks / m)` neighbouring blocks or one more.
+
+    Args:
+        edge: int64 `[blocks + 1]`, where blocks begin, and where the last one ends.
+        num_samples: `m`.
+
+    Example:
+        >>> start, stop = block_runs(torch.tensor([0, 4, 7]), 4)
+        >>> (stop - start).tolist(), (block_runs(torch.tensor([0, 4, 7]), 1)[1]).tolist()
+        ([2, 2, 1, 2], [7])
+    """
+    blocks = len(edge) - 1
+    slot = torch.arange(num_samples, device=edge.device)
+    if num_samples < blocks:
+        first = slot * blocks // max(1, num_samples)
+        last = (slot + 1) * blocks // max(1, num_samples)
+        return edge[first], edge[last]
+    block = ((slot + 1) * blocks - 1) // num_samples  # the last one with a run at or before a slot
+    first = block * num_samples // blocks  # the first run of that block
+    runs = (block + 1) * num_samples // blocks - first
+    begin, length = edge[block], edge[block + 1] - edge[block]
+    number = slot - first
+    return begin + number * length // runs, begin + (number + 1) * length // runs

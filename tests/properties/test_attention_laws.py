@@ -28,6 +28,10 @@ DETECTORS = [
     "balanced_lsh(block_size=5, num_rounds=2, checkpoint=4)",
     "reformer_lsh(block_size=4, num_buckets=6, num_rounds=2)",
     "lsh_topk(num_keys=4, num_buckets=4, num_rounds=2, reach=5, tile_size=4)",
+    (
+        "sliding_window(width=2, num_sinks=1) | heavy_columns(num_columns=2, tile_size=6) | "
+        "lsh_topk(num_keys=4, num_buckets=4, num_rounds=2, reach=5, tile_size=1)"
+    ),
 ]
 detectors = st.sampled_from(DETECTORS)
 samplers = st.sampled_from(["uniform", "row_norm"])

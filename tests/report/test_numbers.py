@@ -10,11 +10,14 @@ import torch
 from hypothesis import given
 
 from hyperframe.attention import HyperAttention
+from hyperframe.diagnostics import recursion_report
 from hyperframe.diagnostics.scores import Scores, exponentials
 from hyperframe.integrations.capture import CapturedHeads
 from hyperframe.randomness import Stream
+from hyperframe.rectangles import leaf_size
 from hyperframe.report import ROW_KEYS, ReportSettings, measure, source_of
 from hyperframe.report.masks import cell_means
+from hyperframe.report.recursion import table
 from hyperframe.report.rows import make_row, over_heads
 from hyperframe.testing import dense_attention
 from tests.diagnostics import dense
@@ -67,10 +70,13 @@ def error_of(layer: CapturedHeads, attend: HyperAttention) -> list[float]:
 
 
 def test_rows_have_all_keys_and_nothing_failed(made: Any) -> None:
-    _, rows = made
+    heads, rows = made
     assert all(list(row) == list(ROW_KEYS) for row in rows)
     assert [row for row in rows if row["failure"] is not None] == []
-    assert {row["figure"] for row in rows} == {"masks", "alpha", "samples", "budgets", "heads"}
+    every = {"masks", "alpha", "samples", "budgets", "heads"}
+    if heads[2].is_causal:  # others have no recursion
+        every.add("recursion")
+    assert {row["figure"] for row in rows} == every
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -124,6 +130,54 @@ def test_mass_and_keys_are_those_of_the_dense_mask(made: Any, layer: int, spec: 
         and (row["spec"], row["layer"]) == (spec, layer)
     )
     assert keys == pytest.approx(float(mask.sum(dim=-1).double().mean()))
+
+
+def test_rectangles_are_means_over_those_of_one_size() -> None:
+    options = OPTIONS | {"figures": ["recursion"], "leaf": 12, "num_samples": 4}
+    heads = captured(is_causal=True)
+    source = source_of(heads, ReportSettings(**options))
+    rows = list(measure(source))
+    for spec in SPECS:
+        chosen = attention(spec, num_samples=4, causal="recursive").replace(min_seq_len=12)
+        report = recursion_report(chosen, heads[5].query, heads[5].key, heads[5].value, scale=SCALE)
+        assert leaf_size(LENGTH, 12) == 12
+        for size in (12, 24, 48):
+            some = [x for x in report.rectangles if x.places[3] - x.places[2] == size]
+            expected = {
+                name: torch.stack(values).double().mean(dim=(0, 1)).tolist()
+                for name, values in {
+                    "error": [x.error for x in some], "mass": [x.mass for x in some],
+                    "weight": [x.weight for x in some],
+                    "alpha / n": [x.alpha / size for x in some],
+                    "log10 kappa": [x.kappa.log10() for x in some],
+                    "log10 kappa, centred": [x.centred_kappa.log10() for x in some],
+                }.items()
+            }  # fmt: skip
+            where = {"spec": spec, "layer": 5, "n": size}
+            for name, values in expected.items():
+                assert of_heads(rows, quantity=name, **where) == pytest.approx(values)
+            (calls,) = (
+                row["value"]
+                for row in rows
+                if row["quantity"] == "calls" and all(row[k] == x for k, x in where.items())
+            )
+            assert calls == len(some) == {12: 4, 24: 2, 48: 1}[size]
+    found = table(rows, SPECS)
+    assert found is not None
+    assert [line[:3] for line in found.lines] == [
+        [spec, size, calls]
+        for spec in SPECS
+        for size, calls in (("48", "1"), ("24", "2"), ("12", "4"))
+    ]
+    (median,) = (
+        row["value"]
+        for row in rows
+        if (row["quantity"], row["statistic"], row["spec"], row["n"])
+        == ("mass", "median", SPECS[0], 48)
+    )
+    numbers = torch.tensor(of_heads(rows, quantity="mass", spec=SPECS[0], n=48))
+    assert median == pytest.approx(float(numbers.quantile(0.5)))
+    assert found.lines[0][found.head.index("mass")] == f"{median:.3f}"
 
 
 @pytest.mark.parametrize("layer", [2, 5])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from hyperframe.detectors import create
 from hyperframe.errors import ArgumentError, HyperframeError
 from hyperframe.integrations.capture import CapturedHeads, save
 from hyperframe.report.page import Picture, page
+from hyperframe.report.recursion import leaf_of
 
 LENGTH = 64
 OPTIONS: dict[str, Any] = {
@@ -127,6 +130,47 @@ def test_fewer_queries_than_keys_have_one_alpha(tmp_path: Path) -> None:
     ][:1]
 
 
+def test_a_folder_is_named_without_where_it_lies(tmp_path: Path) -> None:
+    for model, shown in (("/home/me/my-llama", "my-llama"), ("someone/a-model", "someone/a-model")):
+        path = tmp_path / "heads.safetensors"
+        save(path, captured(), about={"model": model, "model_class": "SomeModel"})
+        made = library.report(path, out=tmp_path, **OPTIONS | {"figures": ["samples"]})
+        assert f"model <b>{shown}</b>" in made.page.read_text()
+
+
+@pytest.mark.parametrize(
+    "length, samples, leaf", [(4096, 64, 512), (2048, 256, 512), (300, 256, 150), (1, 0, 1)]
+)
+def test_leaves_are_an_eighth_or_twice_the_samples(length: int, samples: int, leaf: int) -> None:
+    settings = library.ReportSettings(num_samples=samples)
+    source = SimpleNamespace(settings=settings, problem=SimpleNamespace(length=length))
+    assert leaf_of(source) == leaf  # type: ignore[arg-type]
+    source.settings = library.ReportSettings(leaf=7)
+    assert leaf_of(source) == 7  # type: ignore[arg-type]
+
+
+def test_rectangles_have_a_table_below_their_figure_and_heads_without_a_mask_none(
+    tmp_path: Path,
+) -> None:
+    options = OPTIONS | {"figures": ["recursion", "samples"], "specs": ["quest"], "leaf": 20}
+    text = library.report(captured(), out=tmp_path / "a", **options).page.read_text()
+    _, _, section = text.partition('<h2 id="recursion">')
+    header = re.findall(r"<th>(.*?)</th>", section)
+    assert header[:4] == ["detector", "keys", "calls", "error"]
+    lines = [re.findall(r"<td>(.*?)</td>", line) for line in section.split("<tr>")[2:]]
+    assert [line[:3] for line in lines] == [
+        ["<code>quest</code>", "32", "1"],
+        ["<code>quest</code>", "16", "2"],
+    ]
+    assert all(len(line) == len(header) for line in lines)
+    free = {
+        layer: dataclasses.replace(heads, is_causal=False) for layer, heads in captured().items()
+    }
+    made = library.report(free, out=tmp_path / "b", **options)
+    assert 'id="recursion"' not in made.page.read_text()
+    assert {row["figure"] for row in made.rows} == {"samples"}
+
+
 def test_the_table_names_the_worst_head() -> None:
     common = {"figure": "heads", "spec": "a", "quantity": "error", "failure": None}
     rows = [
@@ -161,6 +205,7 @@ def test_the_table_names_the_worst_head() -> None:
         ({"head": (0, 1)}, r"holds the layers \[3\]"),
         ({"head": (3, 2)}, r"the heads \[0, 1\]"),
         ({"cells": 0}, "cells=0"),
+        ({"leaf": 0}, "leaf=0"),
         ({"form": "pdf"}, "form='pdf'"),
         ({"backend": "numba"}, "numba"),
     ],

@@ -14,7 +14,7 @@ from scipy.stats import binom
 
 import hyperframe.samplers.stratified as module
 from hyperframe import HyperAttention
-from hyperframe.errors import SpecError
+from hyperframe.errors import ArgumentError, SpecError
 from hyperframe.rectangles import causal_levels, level_rectangles
 from hyperframe.samplers import Stratified, Uniform, create
 from hyperframe.samples import KeySample
@@ -288,10 +288,12 @@ def test_gradients_are_those_of_the_weighted_sums_with_constant_weights(is_causa
         torch.testing.assert_close(mine, its)
 
 
-def test_it_is_registered_and_has_no_parameters() -> None:
-    assert create("stratified") == Stratified()
+def test_it_is_registered_and_has_one_parameter() -> None:
+    assert create("stratified") == Stratified(strata="positions")
     with pytest.raises(SpecError, match=r"stratified: .*num_runs"):
         create("stratified(num_runs=4)")
+    with pytest.raises(ArgumentError, match=r"strata='detectors' is not a choice .*'detector'"):
+        create("stratified(strata='detectors')")
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")

@@ -173,7 +173,8 @@ def load_problem(path: Path | str, device: torch.device | str = "cpu") -> Proble
     path = Path(path)
     if not path.is_file():
         raise ArgumentError(
-            f"{path}: there is no such file; make one with hyperframe.integrations.capture.save"
+            f"{path}: there is no such file; make one with `hyperframe capture`, or with "
+            "hyperframe.integrations.capture.save"
         )
     digest = hashlib.sha256()
     with path.open("rb") as file:

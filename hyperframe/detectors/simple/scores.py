@@ -14,6 +14,7 @@ from ...component import check_positive_int
 from ...errors import ArgumentError
 from ...masks import HeavyMask
 from ...precision import without_autocast
+from ...validation import may_look_at
 from ..base import default_scale
 from ..block_scores import AbstractBlockScores
 from ..blocks import best_blocks, filled_runs
@@ -99,6 +100,7 @@ class AbstractScores(AbstractBlockScores):
                     chosen.flatten(2, 3), blocks, scale=default_scale(query, scale)
                 )
                 self._check(found, (batch, key_heads, heads // key_heads * count, total))
+                self._check_numbers(found, chosen, blocks)
                 if found.dim() == 5:
                     found = found.unflatten(2, (-1, count))
                     if is_causal:  # later keys must not enter the normaliser
@@ -123,6 +125,16 @@ class AbstractScores(AbstractBlockScores):
             f"{self.name}: its scores are {what}; return floating point [batch, heads, tiles, "
             f"blocks] = {shape}, or logits [batch, heads, tiles, voters, blocks]"
         )
+
+    def _check_numbers(self, found: torch.Tensor, *of: torch.Tensor) -> None:
+        """Refuse scores that are NaN, unless the inputs are: the best blocks would be any."""
+        if not (may_look_at(found) and bool(found.isnan().any())):
+            return
+        if all(bool(tensor.isfinite().all()) for tensor in of):
+            raise ArgumentError(
+                f"{self.name}: {int(found.isnan().sum())} of its {found.numel()} scores are NaN, "
+                "for queries and keys that are finite; look for divisions by 0 and for inf - inf"
+            )
 
 
 def from_scores(function: Callable[..., torch.Tensor]) -> type[AbstractScores]:

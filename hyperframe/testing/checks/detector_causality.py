@@ -13,6 +13,7 @@ from .detector_checks import causal_forms, find
 from .problem import (
     CheckSkippedError,
     changed,
+    cpu_generator,
     device,
     fail,
     generator,
@@ -182,7 +183,7 @@ def _columns() -> _Planted:
 
 def _permuted(offset: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Row i attends to one key, at a fixed distance or anywhere; all others are orthogonal."""
-    partner = torch.randperm(64, generator=generator(3))
+    partner = torch.randperm(64, generator=cpu_generator(3))
     if offset is not None:
         partner = (torch.arange(64) - offset) % 64
     key = 9 * torch.eye(64, device=device()).expand(2, 2, 64, 64)

@@ -19,6 +19,7 @@ from .problem import (
     changed,
     fail,
     generator,
+    global_seed,
     inputs,
     same_bits,
     strided,
@@ -167,15 +168,10 @@ def check_generator_decides(detector: AbstractDetector) -> None:
     x = inputs()
     for is_causal in causal_forms(detector):
         masks = []
-        for global_seed in (3, 4):
-            state = torch.random.get_rng_state()
-            try:
-                torch.manual_seed(global_seed)
-                before = torch.random.get_rng_state()
+        for seed in (3, 4):
+            with global_seed(seed) as was_drawn_from:
                 masks.append(find(detector, x, is_causal=is_causal))
-                used = not torch.equal(before, torch.random.get_rng_state())
-            finally:
-                torch.random.set_rng_state(state)
+                used = was_drawn_from()
             if used:
                 remedy = "draw by hyperframe.randomness.uniform and normal with the generator"
                 fail(detector, "with a generator", "draws from torch's global one", remedy)

@@ -7,11 +7,11 @@ import torch
 from ...budget import resolve_budget
 from ...builder import build_plans
 from ...detectors import AbstractDetector
-from ...kernels import attend_all
+from ...kernels import attend_all, available_backends
 from ...masks import BandMask, EntryMask, HeavyMask
 from ..oracles import masked_attention
 from .detector_checks import causal_forms, find
-from .problem import CheckSkippedError, fail, generator, inputs, same_bits
+from .problem import CheckSkippedError, Inputs, device, fail, generator, inputs, same_bits
 
 __all__ = [
     "check_budget_is_kept",
@@ -56,7 +56,11 @@ def check_unions_obey_their_laws(detector: AbstractDetector) -> None:
 
 
 def check_plan_means_the_mask(detector: AbstractDetector) -> None:
-    """Plans of the mask hold its entries, in the dense oracle and in both eager backends."""
+    """Plans of the mask hold its entries, in the dense oracle and in every backend of the device.
+
+    The kernels of a GPU compute in float32: they may be twice as far from the oracle as the torch
+    backend in that precision is.
+    """
     for is_causal in causal_forms(detector):
         x, mask = inputs(dtype=torch.float64), _mask(detector, is_causal, torch.float64)
         dense = mask.to_dense()
@@ -70,14 +74,25 @@ def check_plan_means_the_mask(detector: AbstractDetector) -> None:
             remedy = "let the keys of a list be distinct, and mark unused slots by the count"
             fail(detector, f"plans of its mask, is_causal={is_causal}", found, remedy)
         want = masked_attention(*x, held)
-        for backend in ("reference", "torch"):
-            got = attend_all(*x, plans, scale=8**-0.5, backend=backend)
+        single = Inputs(*(t.float() for t in x))
+        for backend in _backends():
+            y, allowed = (x, 1e-6) if backend in ("reference", "torch") else (single, 0.0)
+            got = attend_all(*y, plans, scale=8**-0.5, backend=backend)
+            plain = got if y is x else attend_all(*y, plans, scale=8**-0.5, backend="torch")
             for name in ("out", "lse"):
-                a, b = getattr(got, name).double(), getattr(want, name)
-                if not torch.allclose(a, b, rtol=1e-6, atol=1e-6):
+                a, b, c = (getattr(state, name).double() for state in (got, want, plain))
+                if not allowed:
+                    allowed = max(1e-5, 2 * float((c - b).nan_to_num().abs().max()))
+                if not torch.allclose(a, b, rtol=allowed, atol=allowed):
                     found = f"{name} off by {float((a - b).nan_to_num().abs().max()):.2g}"
                     remedy = "compare mask.to_dense() with what you meant"
                     fail(detector, f"attention by its mask on {backend}", found, remedy)
+
+
+def _backends() -> tuple[str, ...]:
+    """Return the backends that run where the checks ask; none in an interpreter, which is slow."""
+    on_cpu = device().type == "cpu"
+    return tuple(name for name in available_backends(device()) if not (on_cpu and name == "triton"))
 
 
 def check_budget_is_kept(detector: AbstractDetector) -> None:

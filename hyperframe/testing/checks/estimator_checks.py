@@ -17,6 +17,7 @@ from .problem import (
     changed,
     fail,
     generator,
+    global_seed,
     inputs,
     same_bits,
     strided,
@@ -172,13 +173,10 @@ def check_generator_decides(estimator: AbstractEstimator) -> None:
     """The generator is the only source of draws."""
     x = inputs()
     for is_causal in (False, True):
-        mask, state, sums = _mask(x, is_causal), torch.random.get_rng_state(), []
-        try:
-            for global_seed in (3, 4):
-                torch.manual_seed(global_seed)
+        mask, sums = _mask(x, is_causal), []
+        for seed in (3, 4):
+            with global_seed(seed):
                 sums.append(_sums(estimator, x, mask))
-        finally:
-            torch.random.set_rng_state(state)
         if not same_bits(*sums):
             remedy = "draw by hyperframe.randomness.uniform and normal with the generator"
             fail(estimator, f"twice with one seed, {is_causal=}", "two results", remedy)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...component import AbstractComponent
 from ...errors import ArgumentError, MissingDependencyError
-from .problem import CheckSkippedError
+from .problem import CheckSkippedError, on_device, why_no_device
 from .results import CheckResult
 from .runner import check_names, checks_of, component_of, run_check
 
@@ -27,14 +27,19 @@ class BoundCheck:
     Args:
         component: what is checked.
         name: name of the check.
+        device: where its inputs are.
     """
 
     component: AbstractComponent
     name: str
+    device: str = "cpu"
 
     def __call__(self) -> CheckResult:
         """Run the check; raise what it raises, and skip the test where it does not apply."""
-        result = run_check(self.component, self.name)
+        if reason := why_no_device(self.device):
+            _pytest().skip(reason)
+        with on_device(self.device):
+            result = run_check(self.component, self.name)
         if isinstance(result.error, CheckSkippedError):
             _pytest().skip(result.message)
         if result.error is not None:
@@ -46,6 +51,7 @@ def parametrize_with_checks(
     components: Sequence[Any], *, kind: str | None = None,
     expected_failed_checks: Expected | Callable[[Any], Expected] | None = None,
     marks: Callable[[AbstractComponent, str], Any] | None = None,
+    devices: Sequence[str] = ("cpu",),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:  # fmt: skip
     """Make a pytest test of every check of every component.
 
@@ -66,6 +72,8 @@ def parametrize_with_checks(
             all components; or a function that gives those of one. They are marked as strict
             expected failures: one that passes fails the test.
         marks: called with a component and the name of a check, returns pytest marks or None.
+        devices: where to ask, for example `("cpu", "cuda")`: a test for each, named after it, which
+            is skipped where there is no such device.
 
     Raises:
         MissingDependencyError: pytest is not installed.
@@ -84,8 +92,10 @@ def parametrize_with_checks(
             found = [] if extra is None else list(extra) if isinstance(extra, list) else [extra]
             if name in expected:
                 found.append(pytest.mark.xfail(strict=True, reason=expected[name]))
-            case = BoundCheck(component, name)
-            cases.append(pytest.param(case, id=f"{_label(component)}-{name}", marks=found))
+            for device in devices:
+                case = BoundCheck(component, name, device)
+                label = f"{_label(component)}-{name}" + ("" if device == "cpu" else f"-{device}")
+                cases.append(pytest.param(case, id=label, marks=found))
 
     def decorate(test: Callable[..., Any]) -> Callable[..., Any]:
         parameters = list(inspect.signature(test).parameters)

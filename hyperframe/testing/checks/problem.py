@@ -1,7 +1,8 @@
 """What the checks ask with: small inputs from seeds, ways to disturb them, and how a check fails.
 
-Everything is made on the CPU from a seed and then moved, so that a check asks the same numbers on
-every device and never fails by chance.
+Inputs are made on the CPU from a seed and then moved, so that a check asks the same numbers on
+every device and never fails by chance. The generators that components get are on the device, as
+those of an attention call are.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ __all__ = [
     "Inputs",
     "as_one_graph",
     "changed",
+    "cpu_generator",
     "device",
     "fail",
     "generator",
+    "global_seed",
     "inputs",
     "on_device",
     "same_bits",
     "strided",
+    "why_no_device",
 ]
 
 LENGTHS = ((40, 40), (29, 40), (40, 29), (1, 40), (40, 1), (1, 1), (63, 63))
@@ -63,14 +67,49 @@ def on_device(where: torch.device | str) -> Iterator[None]:
         _DEVICE.reset(token)
 
 
+def why_no_device(where: torch.device | str) -> str | None:
+    """Return why nothing can be asked on a device, or None."""
+    if torch.device(where).type == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None
+
+
 def device() -> torch.device:
     """Return the device on which the checks ask."""
     return _DEVICE.get() or torch.device("cpu")
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    """Return a CPU generator: welcome wherever tensors are, and alike on every device."""
+def cpu_generator(seed: int = 0) -> torch.Generator:
+    """Return a generator for inputs: alike whatever device they are moved to."""
     return torch.Generator().manual_seed(seed)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    """Return a generator for a component, on the device on which the checks ask."""
+    return torch.Generator(device()).manual_seed(seed)
+
+
+@contextlib.contextmanager
+def global_seed(seed: int) -> Iterator[Callable[[], bool]]:
+    """Seed torch's global generators inside the block, and put them back afterwards.
+
+    Yields:
+        A function that says whether they were drawn from.
+    """
+    states = _global_states()
+    try:
+        torch.manual_seed(seed)
+        before = _global_states()
+        yield lambda: not all(map(torch.equal, before, _global_states()))
+    finally:
+        torch.random.set_rng_state(states[0])
+        for state in states[1:]:
+            torch.cuda.set_rng_state(state, device())
+
+
+def _global_states() -> list[torch.Tensor]:
+    states = [torch.random.get_rng_state()]
+    return states + ([torch.cuda.get_rng_state(device())] if device().type == "cuda" else [])
 
 
 def inputs(
@@ -82,7 +121,7 @@ def inputs(
 
     Norms of values stay away from 0, so that every key is drawn often enough to be counted.
     """
-    g = generator(seed)
+    g = cpu_generator(seed)
     query = torch.randn(batch, query_heads, num_queries, head_dim, generator=g)
     key = torch.randn(batch, key_heads, num_keys, head_dim, generator=g)
     value = torch.randn(batch, key_heads, num_keys, value_dim, generator=g)
@@ -93,7 +132,7 @@ def inputs(
 
 def changed(tensor: torch.Tensor, where: Any, seed: int = 77) -> torch.Tensor:
     """Return a copy with other, larger numbers at an index."""
-    drawn = torch.randn(tensor.shape, generator=generator(seed)).to(tensor.device, tensor.dtype)
+    drawn = torch.randn(tensor.shape, generator=cpu_generator(seed)).to(tensor.device, tensor.dtype)
     other = tensor.clone()
     other[where] = 3 * drawn[where] + 1
     return other

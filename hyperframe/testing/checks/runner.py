@@ -22,7 +22,7 @@ from . import (
     sampler_independence,
     sampler_statistics,
 )
-from .problem import CheckSkippedError, on_device
+from .problem import CheckSkippedError, on_device, why_no_device
 from .results import CheckResult, ConformanceError, as_expected, report
 
 __all__ = [
@@ -136,6 +136,8 @@ def run_checks(
     expected, checks = dict(expected_failed_checks or {}), checks_of(made)
     check_names(made.kind, (*expected, *(only or ())))
     chosen = [name for name in checks if only is None or name in only]
+    if reason := why_no_device(device):
+        raise ArgumentError(f"device={device!r}: {reason}; pass device='cpu'")
     with on_device(device):
         results = [as_expected(run_check(made, name), expected.get(name)) for name in chosen]
     if on_fail == "raise" and any(result.is_failure for result in results):
@@ -167,7 +169,8 @@ def check_detector(
         expected_failed_checks: names of checks that are known to fail, each with its reason. One
             that passes is a failure: expect it no longer.
         only: names of the checks to run; None runs all.
-        device: where the inputs are.
+        device: where the inputs and the generators are, for example "cuda": the checks are the same
+            ones, and its plans are computed by the kernels of that device too.
 
     Returns:
         The result of every check, in order.

@@ -6,7 +6,17 @@ import torch
 
 from ...samplers import AbstractSampler
 from ...samples import KeySample
-from .problem import CheckSkippedError, Inputs, changed, fail, generator, inputs, same_bits, strided
+from .problem import (
+    CheckSkippedError,
+    Inputs,
+    changed,
+    fail,
+    generator,
+    global_seed,
+    inputs,
+    same_bits,
+    strided,
+)
 from .sampler_checks import PREFIXES, draw_prefixes, draw_sample
 
 __all__ = [
@@ -29,13 +39,10 @@ def check_generator_decides(sampler: AbstractSampler) -> None:
     x = inputs()
     draws = {"sample": draw_sample, "sample_prefixes": draw_prefixes}
     for name, draw in draws.items():
-        state, samples = torch.random.get_rng_state(), []
-        try:
-            for global_seed in (3, 4):
-                torch.manual_seed(global_seed)
+        samples = []
+        for seed in (3, 4):
+            with global_seed(seed):
                 samples.append(draw(sampler, x))
-        finally:
-            torch.random.set_rng_state(state)
         if not _same(*samples):
             remedy = "draw by hyperframe.randomness.uniform and normal with the generator"
             fail(sampler, f"{name} twice with one seed", "two samples", remedy)
