@@ -22,6 +22,7 @@ from .plan import TilePlan
 from .positional import NO_SUMMARIES, excluded_ranges, position_plan
 from .ragged import append_lists, spread_heads
 from .rectangles import Places
+from .row_plans import row_lists, with_row_plans
 from .rowsums import RowSumRule
 from .samples import KeySample, SampleDraw
 
@@ -44,7 +45,9 @@ def build_plans(
         One plan for every `RangeMask` and `BlockMask` in the mask, then one for the rest, in which
         all rows of a tile hold what any row of it has in an `EntryMask`. The
         residual is in the last. Under a causal mask it is drawn from the prefix of each tile of
-        consecutive rows. A `BlockMask` that is the whole mask becomes a `BlockPlan`, if it is not
+        consecutive rows. Lists of single rows, where there are other parts, get plans of their own
+        behind that one (`row_plans`).
+        A `BlockMask` that is the whole mask becomes a `BlockPlan`, if it is not
         causal, has no caps or floors, and a residual can reach all of its rows.
         Cost O(total list length log(list length)); no list is built where one is shared.
     """
@@ -70,9 +73,23 @@ def build_plans(
                 part, ordered[:number], sample, rule if is_last else None, mask.query_offset
             )
         )
-    if needs_position:
+    if not needs_position:
+        return plans
+    has_floor = rule is not None and rule.log_floor is not None
+    rows = [] if ordered or has_floor else row_lists(positional)
+    if not rows:
         plans.append(position_plan(mask, positional, ordered, key_heads, draw, rule))
-    return plans
+        return plans
+    drawn: list[KeySample] = []
+
+    def kept(prefixes: torch.Tensor | None) -> KeySample:
+        assert draw is not None
+        drawn.append(draw(prefixes))
+        return drawn[-1]
+
+    others = [part for part in positional if not any(part is row for row in rows)]
+    tiles = position_plan(mask, others, [], key_heads, None if draw is None else kept, rule)
+    return [*with_row_plans(mask, rows, tiles, drawn[-1] if drawn else None, rule)]
 
 
 def _drawn(draw: SampleDraw | None) -> KeySample | None:

@@ -83,6 +83,9 @@ class TilePlan:
         disjoint: True when the maker vouches that no tile holds a key twice. Otherwise duplicates
             are found and given weight 0 before use (`deduplicated`).
         query_offset: key position of query row 0; None is the bottom-right alignment, `n_k - n_q`.
+        is_removed: the entries count with weight `-W`: other plans of the same list hold at least
+            as much of them, and the state of this one is taken out of theirs. Keys may then stand
+            in a list several times.
     """
 
     key_index: torch.Tensor
@@ -105,6 +108,7 @@ class TilePlan:
     excluded: RankRanges | None = None
     disjoint: bool = False
     query_offset: int | None = None
+    is_removed: bool = False
 
     def __post_init__(self) -> None:
         """Check shapes; values are checked by `validate`, which reads the device."""
@@ -299,7 +303,7 @@ class TilePlan:
         slots = torch.where(rows < 0, self.num_queries, rows).flatten(2)
         by_row = dense.new_zeros(batch, heads, self.num_queries + 1, width)
         by_row.scatter_(2, slots.unsqueeze(-1).expand(-1, -1, -1, width), dense.flatten(2, 3))
-        return by_row[:, :, :-1]
+        return -by_row[:, :, :-1] if self.is_removed else by_row[:, :, :-1]
 
     def _per_query_head(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.repeat_interleave(self.num_query_heads // tensor.shape[1], dim=1)

@@ -7,6 +7,7 @@ associative and commutative, so plans, recursion levels and devices may be combi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,9 @@ def empty_state(query: torch.Tensor, value: torch.Tensor) -> AttentionState:
     )
 
 
-def merge(*states: AttentionState) -> AttentionState:
+def merge(
+    *states: AttentionState, removed: Sequence[AttentionState] = ()
+) -> AttentionState:  # fmt: skip
     """Merge states over disjoint key sets into the state of their union.
 
     `lse = log sum_s exp(lse_s)` and `out = sum_s exp(lse_s - lse) out_s`. The row maximum is
@@ -48,6 +51,8 @@ def merge(*states: AttentionState) -> AttentionState:
 
     Args:
         states: one or more states with equal shapes.
+        removed: states over parts of what those hold, which are taken out again; what is left
+            must not be much less than what is taken out, or digits are lost.
 
     Returns:
         The merged state, in the dtypes of the first.
@@ -61,20 +66,23 @@ def merge(*states: AttentionState) -> AttentionState:
     """
     if not states:
         raise ArgumentError("merge: no states were given; pass at least one, or `empty_state(...)`")
-    if len(states) == 1:
+    if len(states) == 1 and not removed:
         return states[0]
-    lses = torch.stack([state.lse for state in states])  # [S, B, H, n_q]
+    every = (*states, *removed)
+    lses = torch.stack([state.lse for state in every])  # [S, B, H, n_q]
     top = lses.detach().amax(dim=0)
     # rows empty in every state: subtract 0 instead of -inf, so that no NaN is born
     top = torch.where(torch.isinf(top), torch.zeros_like(top), top)
     weights = torch.exp(lses - top)
+    if removed:
+        weights = torch.cat([weights[: len(states)], -weights[len(states) :]])
     total = weights.sum(dim=0)
-    is_empty = total == 0
+    is_empty = total <= 0
     safe_total = torch.where(is_empty, torch.ones_like(total), total)
     shares = weights / safe_total
     # accumulated in the precision of the log normalisers, returned in that of the outputs
     out = shares[0].unsqueeze(-1) * states[0].out
-    for share, state in zip(shares[1:], states[1:], strict=True):
+    for share, state in zip(shares[1:], every[1:], strict=True):
         out = out + share.unsqueeze(-1) * state.out
     lse = torch.where(is_empty, torch.full_like(top, float("-inf")), top + torch.log(safe_total))
     return AttentionState(out=out.to(states[0].out.dtype), lse=lse)

@@ -135,3 +135,29 @@ def test_gradients_flow_through_the_outputs_and_normalisers_of_every_state(
         return out, lse.masked_fill(is_empty.all(dim=0), 0)
 
     assert torch.autograd.gradcheck(merged, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_what_is_removed_leaves_what_the_others_hold(dtype: torch.dtype) -> None:
+    states = [random_state(seed, empty_rows=True, dtype=dtype) for seed in range(3)]
+    whole = merge(*states, states[0], removed=[states[0]])
+    expected = merge(*states)
+    # the part that was added twice must not be so large that what is left loses its digits
+    is_small = states[0].lse < expected.lse + 1
+    torch.testing.assert_close(whole.lse[is_small], expected.lse[is_small])
+    tolerance = {"rtol": 0.0, "atol": 2**-4} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(whole.out[is_small], expected.out[is_small], **tolerance)
+
+
+def test_a_state_less_itself_is_empty_and_gradients_flow_through_what_is_removed() -> None:
+    state = random_state(5)
+    nothing = merge(state, removed=[state])
+    assert torch.equal(nothing.lse, torch.full(ROWS, -INF))
+    assert torch.isfinite(nothing.out).all()
+    kept, gone = random_state(6), random_state(7)
+    parts = [x.requires_grad_() for x in (kept.out, kept.lse + 9, gone.out, gone.lse.clamp(max=2))]
+
+    def merged(*x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return merge(AttentionState(*x[:2]), removed=[AttentionState(*x[2:])])
+
+    assert torch.autograd.gradcheck(merged, parts)

@@ -23,16 +23,26 @@ class Preset(NamedTuple):
         causal: for causal attention, single pass or recursion.
         dense: where all rows see all keys.
         long: like `causal`, for more than `LONG` keys: fewer rows vote, fewer rounds of hashing.
+        rows: what every row finds for itself, beside `causal` or `long`, where no later query may
+            help to choose.
     """
 
     causal: str
     dense: str
     long: str
+    rows: str
 
 
 def _refined(num_keys: int, *candidates: str, tile_size: int = 64) -> str:
     joined = " | ".join(candidates)
     return f"refined(candidates='{joined}', num_keys={num_keys}, tile_size={tile_size})"
+
+
+def _by_row(num_rounds: int) -> str:
+    return (
+        f"lsh_topk(num_rounds={num_rounds}, keep=4, num_keys={4 * num_rounds}, min_offset=128, "
+        "tile_size=1)"
+    )
 
 
 LONG = 16384
@@ -54,6 +64,7 @@ PRESETS = {
         causal=_refined(192, _WINDOW, _lines(256, 8), "pooled_topk(num_blocks=16)"),
         dense=_refined(192, _NEAR, "pca_tree(num_leaves=32)"),
         long=f"sliding_window(width=128, num_sinks=16) | {_lines(128, 8)}",
+        rows=_by_row(4),
     ),
     "balanced": Preset(
         causal=_refined(
@@ -64,6 +75,7 @@ PRESETS = {
         long=_refined(
             224, _WINDOW, _lines(160, 8), "pooled_topk(block_size=64, num_blocks=2)"
         ),
+        rows=_by_row(8),
     ),
     "accurate": Preset(
         causal=_refined(
@@ -78,6 +90,7 @@ PRESETS = {
             512, _WINDOW, _lines(512, 16), "pooled_topk(num_blocks=32)",
             "lsh_topk(num_rounds=4, num_keys=128)",
         ),
+        rows=_by_row(16),
     ),
 }  # fmt: skip
 """What each preset holds; see docs/how-to-choose.md for what that costs and gives."""
@@ -91,6 +104,9 @@ class Auto(AbstractDetector):
     on) from hashing after centring, which finds single far keys that pooled scores blur; all rows
     of a tile then score them exactly (`refined`). Without a causal mask the leaves of a tree over
     the keys take the place of columns and blocks. `PRESETS` has the parts.
+
+    In the strict form rows before a tile choose for it, and those copy from elsewhere: every row
+    adds the keys that it finds by itself, by hashing.
 
     `sampler="auto"` is centroids beside this detector, where it is uniform beside others.
 
@@ -120,15 +136,18 @@ class Auto(AbstractDetector):
         check_choice(self, "preset", self.preset, tuple(PRESETS))
         chosen = PRESETS[self.preset]
         parts = {name: create(spec) for name, spec in chosen._asdict().items()}
+        for name in ("causal", "long"):
+            parts[f"strict {name}"] = create(f"{getattr(chosen, name)} | {chosen.rows}")
         object.__setattr__(self, "parts", parts)
         object.__setattr__(self, "is_positional", True)
 
     parts: ClassVar[dict[str, AbstractDetector]]
 
-    def _part(self, key: torch.Tensor, is_causal: bool) -> AbstractDetector:
+    def _part(self, key: torch.Tensor, is_causal: bool, strict: bool = False) -> AbstractDetector:
         if not is_causal:
             return self.parts["dense"]
-        return self.parts["causal" if key.shape[2] <= LONG else "long"]
+        name = "causal" if key.shape[2] <= LONG else "long"
+        return self.parts[f"strict {name}" if strict else name]
 
     def find(
         self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
@@ -145,17 +164,22 @@ class Auto(AbstractDetector):
         earlier_query: torch.Tensor | None = None,
     ) -> HeavyMask:  # fmt: skip
         """Return what its strictly causal form finds."""
-        return self._part(key, is_causal).find_strict(
+        return self._part(key, is_causal, strict=True).find_strict(
             query, key, scale=scale, is_causal=is_causal, generator=generator,
             earlier_query=earlier_query,
         )  # fmt: skip
 
     def find_within(
-        self, query: torch.Tensor, key: torch.Tensor, *, is_causal: bool = False, **options: Any
-    ) -> HeavyMask:
+        self, query: torch.Tensor, key: torch.Tensor, *, is_causal: bool = False,
+        strict: bool = False, **options: Any,
+    ) -> HeavyMask:  # fmt: skip
         """Return what it finds in a part of a call with padding."""
-        return self._part(key, is_causal).find_within(query, key, is_causal=is_causal, **options)
+        return self._part(key, is_causal, strict).find_within(
+            query, key, is_causal=is_causal, strict=strict, **options
+        )
 
-    def find_rectangle(self, query: torch.Tensor, key: torch.Tensor, **options: Any) -> HeavyMask:
+    def find_rectangle(
+        self, query: torch.Tensor, key: torch.Tensor, *, strict: bool = False, **options: Any
+    ) -> HeavyMask:
         """Return what the detector for causal calls finds in a rectangle of the recursion."""
-        return self._part(key, True).find_rectangle(query, key, **options)
+        return self._part(key, True, strict).find_rectangle(query, key, strict=strict, **options)

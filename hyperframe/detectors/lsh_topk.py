@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import pad
 
 from ..budget import check_budget, resolve_budget
-from ..component import check_positive_int
+from ..component import check_non_negative_int, check_positive_int
 from ..errors import ArgumentError
 from ..kernels.bucket_votes import bucket_votes
 from ..kernels.buckets import bucket_codes, bucket_order, bucket_ranges, bucket_topk
@@ -25,6 +25,7 @@ from .blocks import delayed
 __all__ = ["LSHTopK"]
 
 _KEYS_PER_BUCKET, _FEWEST_DIRECTIONS = 128, 8
+_RUN_OF_ROWS = 64  # rows centred together, where a tile is one row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,10 @@ class LSHTopK(AbstractDetector):
     In the strict form the `tile_size` rows that end with the tile's first one find its keys, each
     those before itself under `is_causal`, and queries are centred by earlier ones in either case.
 
+    With `tile_size=1` every row keeps the keys that it found itself, those with the largest logits,
+    and is centred in runs of 64. Under `is_causal` that is strict as it is. Beside a detector of
+    tiles such lists cost little more than their keys (`hyperframe.row_plans`).
+
     Args:
         num_rounds: independent rotations.
         keep: keys that a row keeps of a round.
@@ -58,6 +63,8 @@ class LSHTopK(AbstractDetector):
         num_buckets: buckets of a round, an even number. None: about one for 64 keys, at least 16,
             and at most `2 d`.
         reach: keys of its bucket that a row scores in a round, at most.
+        min_offset: under `is_causal`, keys nearer than this before a row (or before its tile, where
+            the tile's own rows choose) are not looked at: for use beside a window.
         tile_size: rows of a tile.
 
     Cost: O(rounds n d (num_buckets + reach)) time, and O(rounds n_q keep) memory beside bounded
@@ -85,6 +92,7 @@ class LSHTopK(AbstractDetector):
     num_keys: int | float = 128
     num_buckets: int | None = None
     reach: int = 64
+    min_offset: int = 0
     tile_size: int = 64
 
     def __post_init__(self) -> None:
@@ -92,6 +100,7 @@ class LSHTopK(AbstractDetector):
         check_budget(self, "num_keys", self.num_keys)
         for name in ("num_rounds", "keep", "reach", "tile_size"):
             check_positive_int(self, name, getattr(self, name))
+        check_non_negative_int(self, "min_offset", self.min_offset)
         if self.num_buckets is None:
             return
         check_positive_int(self, "num_buckets", self.num_buckets)
@@ -137,6 +146,7 @@ class LSHTopK(AbstractDetector):
             row = torch.arange(voters.shape[2], device=device)
             position = row + (offset - (size - 1 if strict else 0))
             edge = position if strict or not is_causal else begin[row // size]
+            edge = edge - self.min_offset if is_causal else edge
             query_order, _ = bucket_order(query_code, buckets=buckets)
             key_order, bounds = bucket_order(key_code, buckets=buckets)
             low, high = bucket_ranges(
@@ -147,7 +157,10 @@ class LSHTopK(AbstractDetector):
                 voters, query_order, key, key_order, low, high, reach=self.reach, keep=self.keep,
                 scale=scale,
             )  # fmt: skip
-            weight = bucket_votes(voters, key, index, score, before, size=size, scale=scale)
+            if self.tile_size == 1:
+                weight = _own_votes(index, score)
+            else:
+                weight = bucket_votes(voters, key, index, score, before, size=size, scale=scale)
             lacking = num_tiles * size - voters.shape[2]
             if lacking:
                 # rows that the last tile does not have found nothing
@@ -188,15 +201,17 @@ class LSHTopK(AbstractDetector):
         batch, key_heads, num_keys, head_dim = key.shape
         shape = (self.num_rounds, batch, key_heads, head_dim, self._buckets(key) // 2)
         rotation = rounded_planes(normal(shape, key.device, generator), key.dtype)
-        run = self.tile_size if is_causal else num_keys
+        unit = self.tile_size if self.tile_size > 1 else _RUN_OF_ROWS
+        run = unit if is_causal else num_keys
         key_code = _codes(key, rotation, _means(key, run, runs_before=is_causal), run)
         size = min(self.tile_size, query.shape[2])
         if not strict:
-            run = size if is_causal else query.shape[2]
+            run = min(unit, query.shape[2]) if is_causal else query.shape[2]
             means = _means(query, run, runs_before=is_causal)
             return query, _codes(query, rotation, means, run), key_code
         early = query[:, :, :0] if earlier_query is None else earlier_query
-        code = _codes(query, rotation, _means(query, size, runs_before=True, earlier=early), size)
+        run = min(unit, query.shape[2])
+        code = _codes(query, rotation, _means(query, run, runs_before=True, earlier=early), run)
         count, num_voters = size - 1, -(-query.shape[2] // size) * size
         last = early[:, :, max(0, early.shape[2] - count) :]
         early_code = None
@@ -238,3 +253,15 @@ def _codes(x: torch.Tensor, rotation: torch.Tensor, means: torch.Tensor, run: in
         shift = grouped @ rotation
     shift = shift.view(rotation.shape[0], *means.shape[:3], rotation.shape[-1])
     return bucket_codes(x, rotation, shift, run=run)
+
+
+def _own_votes(index: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
+    """Return weights in the order of the logits of each row; 0 for what it has in an earlier slot.
+
+    Its votes need no normaliser where a row chooses for itself.
+    """
+    is_one = index >= 0
+    for slot in range(1, index.shape[-1]):
+        is_one[..., slot] &= ~(index[..., :slot] == index[..., slot, None]).any(dim=-1)
+    share = (score - score.amax(dim=-1, keepdim=True)).exp()
+    return torch.where(is_one, share, 0)

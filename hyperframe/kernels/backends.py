@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -13,6 +13,7 @@ from ..blockplan import BlockPlan
 from ..errors import ArgumentError, BackendUnavailableError, UnsupportedError
 from ..plan import TilePlan
 from ..state import AttentionState, merge
+from ..validation import is_debugging
 from . import reference, torch_backend, triton_backend
 from .exact import exact_leaves
 
@@ -104,11 +105,6 @@ def _log_choice(name: str, device_type: str) -> None:
     )  # fmt: skip
 
 
-def _checks_values() -> bool:
-    """Whether the values of every plan are checked before use: HYPERFRAME_DEBUG=1."""
-    return os.environ.get("HYPERFRAME_DEBUG", "0") not in ("", "0")
-
-
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: TilePlan | BlockPlan, *,
     scale: float, backend: str = "auto",
@@ -124,6 +120,8 @@ def attend(
         BackendUnavailableError: the backend cannot run here.
         UnsupportedError: the backend cannot take inputs like these.
     """
+    if isinstance(plan, TilePlan) and plan.is_removed:  # by itself it is a plan like any other
+        plan = replace(plan, is_removed=False)
     return attend_all(query, key, value, [plan], scale=scale, backend=backend)
 
 
@@ -132,7 +130,7 @@ def attend_all(
     plans: Sequence[TilePlan | BlockPlan], *, scale: float, backend: str = "auto",
     leaf: int | None = None,
 ) -> AttentionState:  # fmt: skip
-    """Attend by plans of disjoint support and return their merged state.
+    """Attend by plans of disjoint support, less those that are removed; return the merged state.
 
     Args:
         query: `[batch, query_heads, n_q, d]`.
@@ -145,16 +143,18 @@ def attend_all(
     """
     for plan in plans:
         plan.check_inputs(query, key)
-        if _checks_values():
+        if is_debugging():
             plan.validate()
     name = resolve_backend(backend, query.device, query=query, value=value)
     if name == "triton":
         return triton_backend.attend_all(query, key, value, plans, scale=scale, leaf=leaf)
     attend_one = _IMPLEMENTED[name]
-    states = []
+    states: list[AttentionState] = []
+    removed: list[AttentionState] = []
     if leaf is not None:
         states.append(exact_leaves(query, key, value, leaf=leaf, scale=scale))
     for plan in plans:
         listed = plan.to_tile_plan() if isinstance(plan, BlockPlan) else plan
-        states.append(attend_one(query, key, value, listed, scale=scale))
-    return merge(*states)
+        state = attend_one(query, key, value, listed, scale=scale)
+        (removed if listed.is_removed else states).append(state)
+    return merge(*states, removed=removed)

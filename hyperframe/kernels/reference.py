@@ -6,6 +6,8 @@ computes. Differentiable by autograd in query, key, value and the summaries.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ..plan import TilePlan
@@ -46,7 +48,8 @@ def _attend(
     k = key.double().repeat_interleave(group, dim=1)
     v = value.double().repeat_interleave(group, dim=1)
 
-    plan = plan.deduplicated()
+    # what a plan takes out of others is computed like any other
+    plan = replace(plan.deduplicated(), is_removed=False)
     heavy = plan.to_dense(part="heavy").log()
     sampled = plan.to_dense(part="sampled").log()
     heavy_values = plan.to_dense(part="heavy", for_values=True).log()

@@ -95,14 +95,16 @@ def attend_all(
         *(plan for plan in together if not _leaves_rows_out(plan)),
         *(plan for plan in together if _leaves_rows_out(plan)),
     ]
-    states = []
+    states: list[AttentionState] = []
+    removed: list[AttentionState] = []
     if together or leaf is not None:
         out, lse = attend_plans(query, key, value, together, leaf=leaf, scale=scale)
         states.append(AttentionState(out=out, lse=lse))
     for plan in apart:
         out, lse = attend_plans(query, key, value, [plan], leaf=None, scale=scale)
-        states.append(AttentionState(out=out, lse=lse))
-    return merge(*states)
+        is_removed = isinstance(plan, TilePlan) and plan.is_removed
+        (removed if is_removed else states).append(AttentionState(out=out, lse=lse))
+    return merge(*states, removed=removed)
 
 
 def _with_own_ranks(plan: TilePlan, key_heads: int) -> TilePlan:
@@ -121,11 +123,11 @@ def _with_own_ranks(plan: TilePlan, key_heads: int) -> TilePlan:
 
 
 def _stands_apart(plan: TilePlan | BlockPlan) -> bool:
-    """Whether a plan's row sum and numerator differ, or it brings keys of its own."""
+    """Whether a plan's row sum and numerator differ, it brings keys of its own, or is removed."""
     if isinstance(plan, BlockPlan):
         return False
     own = (plan.log_cap, plan.log_floor, plan.value_log_weight, plan.summary_key)
-    return any(tensor is not None for tensor in own)
+    return plan.is_removed or any(tensor is not None for tensor in own)
 
 
 def _leaves_rows_out(plan: TilePlan | BlockPlan) -> bool:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hyperframe import HyperAttention, detectors
+from hyperframe.detectors import AbstractDetector
 from hyperframe.detectors.auto import LONG, PRESETS, Auto
 from hyperframe.errors import ArgumentError
 from hyperframe.samplers.auto import Auto as AutoSampler
@@ -57,7 +58,10 @@ def test_centroids_up_to_a_length_and_uniform_draws_beyond() -> None:
 def test_it_finds_what_its_part_finds(preset: str, is_causal: bool, strict: bool) -> None:
     query, key, _ = tensors(300)
     auto = Auto(preset=preset)
-    spec = PRESETS[preset].causal if is_causal else PRESETS[preset].dense
+    chosen = PRESETS[preset]
+    spec = chosen.causal if is_causal else chosen.dense
+    if strict and is_causal:
+        spec = f"{spec} | {chosen.rows}"
     masks = []
     for detector in (auto, detectors.create(spec)):
         find = detector.find_strict if strict else detector.find
@@ -74,6 +78,8 @@ def test_long_inputs_are_found_at_a_lower_price() -> None:
         assert auto._part(key, True) is auto.parts["long"]
         assert auto._part(key[:, :, :-1], True) is auto.parts["causal"]
         assert auto._part(key, False) is auto.parts["dense"]
+        assert auto._part(key, True, strict=True) is auto.parts["strict long"]
+        assert auto._part(key[:, :, :-1], True, strict=True) is auto.parts["strict causal"]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -97,6 +103,45 @@ def test_presets_attend_better_than_the_window_alone(
 
     window = error("sliding_window(width=128, num_sinks=64)", sampler="uniform")
     assert error(preset, **options) < 0.5 * window
+
+
+def far_copies(length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows that copy, each from a far key of its own, unlike its neighbours; and those keys."""
+    g = torch.Generator().manual_seed(0)
+    key, value = torch.randn(2, 1, 1, length, 32, generator=g)
+    target = torch.randint(0, length // 2, (length,), generator=g)
+    query = 5 * key[:, :, target] / key[:, :, target].norm(dim=-1, keepdim=True) + 3
+    return query, key + 2, value, target
+
+
+def test_in_the_strict_form_rows_find_by_themselves_what_earlier_rows_cannot_know() -> None:
+    query, key, _, target = far_copies(1024)
+    rows = torch.arange(768, 1024)
+
+    def found(auto: AbstractDetector) -> float:
+        g = torch.Generator().manual_seed(0)
+        mask = auto.find_strict(query, key, is_causal=True, generator=g)
+        return float(mask.to_dense()[0, 0, rows, target[rows]].double().mean())
+
+    assert found(detectors.create(PRESETS["fast"].causal)) < 0.5
+    # a row looks at the last `reach` keys of its bucket, and not all copies lie there
+    assert found(Auto(preset="fast")) > 0.75
+    assert found(Auto(preset="balanced")) > 0.75
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": "recursive"}], ids=str)
+@pytest.mark.parametrize("cut", [301])
+def test_the_strict_form_never_looks_ahead(cut: int, options: dict[str, object]) -> None:
+    inputs = [x.double() for x in far_copies(450)[:3]]
+    attention = HyperAttention(
+        detector="fast", strict_causal=True, num_samples=24, min_seq_len=64, seed=3, **options
+    )
+    before = attention(*inputs, is_causal=True)[:, :, :cut]
+    for x in inputs:
+        x[:, :, cut:] = x[:, :, cut:].flip(-1) * -3
+    after = attention(*inputs, is_causal=True)
+    assert torch.equal(after[:, :, :cut], before)
+    assert torch.isfinite(after).all()
 
 
 def test_an_unknown_preset_is_refused_with_those_there_are() -> None:

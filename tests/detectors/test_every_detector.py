@@ -36,7 +36,10 @@ SPECS = {
         "keep=3, search='sketch', max_keys_per_tile=6, tile_size=9, max_bytes=70000, "
         "num_unique=7, oracle='leverage', decoder='torch')"
     ),
-    "lsh_topk": "lsh_topk(num_rounds=2, keep=3, num_keys=6, num_buckets=8, reach=9, tile_size=9)",
+    "lsh_topk": (
+        "lsh_topk(num_rounds=2, keep=3, num_keys=6, num_buckets=8, reach=9, min_offset=3, "
+        "tile_size=9)"
+    ),
     "oracle": "oracle(budget=6)",
     "pca_tree": "pca_tree(tile_size=9, num_means=2, chunk_size=18, leaf_size=6, num_leaves=2)",
     "pooled_topk": (

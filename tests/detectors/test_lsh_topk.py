@@ -48,6 +48,8 @@ def by_hand(
     shape = (detector.num_rounds, batch, key_heads, dim, half)
     rotations = torch.randn(shape, generator=generator(seed)).double()
     size = min(detector.tile_size, num_queries)
+    unit = detector.tile_size if detector.tile_size > 1 else 64  # centred together
+    run = min(unit, num_queries)
     dense = torch.zeros(batch, heads, num_queries, num_keys, dtype=torch.bool)
 
     def bucket(x: torch.Tensor, rotation: torch.Tensor) -> int:
@@ -76,7 +78,7 @@ def by_hand(
                     if row < 0:
                         y = early[row] - mean(early)
                     elif is_causal or strict:
-                        known = torch.cat([early, q[: row // size * size]])
+                        known = torch.cat([early, q[: row // run * run]])
                         y = q[row] - mean(known)
                     else:
                         y = q[row] - mean(q)
@@ -86,12 +88,11 @@ def by_hand(
                         own = bucket(y, rotation)
                         members = []
                         for j in range(num_keys):
-                            tile = detector.tile_size
-                            centre = mean(k[: j // tile * tile]) if is_causal else mean(k)
+                            centre = mean(k[: j // unit * unit]) if is_causal else mean(k)
                             if bucket(k[j] - centre, rotation) == own:
                                 members.append(j)
                         if is_causal:
-                            last = position if strict else begin
+                            last = (position if strict else begin) - detector.min_offset
                             seen = [j for j in members if j < last][-detector.reach :]
                         else:
                             middle = sum(j < position for j in members)
@@ -125,7 +126,8 @@ def by_hand(
 @pytest.mark.parametrize(
     "num_queries, num_keys, changes",
     [(40, 40, {}), (29, 45, {}), (45, 29, {"reach": 3, "keep": 4}), (5, 30, {"num_keys": 2}),
-     (12, 90, {"num_rounds": 3, "reach": 70, "keep": 1})],
+     (12, 90, {"num_rounds": 3, "reach": 70, "keep": 1}), (29, 45, {"min_offset": 9}),
+     (30, 45, {"tile_size": 1, "num_keys": 3}), (70, 72, {"tile_size": 1, "min_offset": 20})],
 )  # fmt: skip
 def test_the_keys_of_a_tile_are_those_of_the_definition(
     num_queries: int, num_keys: int, changes: dict[str, int], is_causal: bool, strict: bool
@@ -212,17 +214,19 @@ def test_lists_ascend_without_repeats_and_hold_what_was_found_and_the_tile() -> 
 
 @given(
     num_queries=SIZES, num_keys=SIZES, cut=st.integers(0, 59), strict=st.booleans(),
-    seed=st.integers(0, 1000),
+    seed=st.integers(0, 1000), tile_size=st.sampled_from([1, 8]),
 )  # fmt: skip
-@example(num_queries=60, num_keys=60, cut=33, strict=False, seed=0)
-@example(num_queries=40, num_keys=60, cut=21, strict=True, seed=0)
-@example(num_queries=60, num_keys=40, cut=41, strict=True, seed=0)
+@example(num_queries=60, num_keys=60, cut=33, strict=False, seed=0, tile_size=8)
+@example(num_queries=40, num_keys=60, cut=21, strict=True, seed=0, tile_size=8)
+@example(num_queries=60, num_keys=40, cut=41, strict=True, seed=0, tile_size=1)
 def test_no_later_key_moves_a_row_nor_a_later_query_in_the_strict_form(
-    num_queries: int, num_keys: int, cut: int, strict: bool, seed: int
+    num_queries: int, num_keys: int, cut: int, strict: bool, seed: int, tile_size: int
 ) -> None:
     query, key = tensors(seed, num_queries=num_queries, num_keys=num_keys)
-    detector = LSHTopK(**SMALL)
+    detector = LSHTopK(**(SMALL | {"tile_size": tile_size}))
+    # a row by itself is strict as it is
     find = detector.find_strict if strict else detector.find
+    strict = strict or tile_size == 1
     cut = min(cut, num_queries)
     before = find(query, key, is_causal=True, generator=generator(seed)).to_dense()
     if strict:
@@ -355,7 +359,27 @@ def test_half_precision_finds_what_single_precision_finds(dtype: torch.dtype) ->
     assert (found ^ expected.to_dense()).double().mean() < 0.05
 
 
+def test_single_rows_past_the_first_run_are_centred_and_strict_as_they_are() -> None:
+    query, key = tensors(num_queries=200, num_keys=200)
+    detector = LSHTopK(tile_size=1, num_keys=6, reach=20, num_rounds=3)
+    found = [
+        find(query, key, is_causal=True, generator=generator(1)).to_dense()
+        for find in (detector.find, detector.find_strict)
+    ]
+    assert torch.equal(*found)
+    # means of whole runs of 64, as in tiles of 64
+    wide = LSHTopK(tile_size=64, num_rounds=3)
+    codes = [
+        x._hashed(query, key, generator(1), None, is_causal=True, strict=False)[1:]
+        for x in (detector, wide)
+    ]
+    for mine, its in zip(*codes, strict=True):
+        assert torch.equal(mine, its)
+
+
 def test_bad_options_are_refused_by_name() -> None:
+    with pytest.raises(ArgumentError, match=r"lsh_topk: min_offset=-1"):
+        LSHTopK(min_offset=-1)
     for option in ("num_rounds", "keep", "num_keys", "num_buckets", "reach", "tile_size"):
         with pytest.raises(ArgumentError, match=rf"lsh_topk: {option}=0 is too small"):
             LSHTopK(**{option: 0})
