@@ -4,7 +4,8 @@ Columns of energy 1 with `tau / 2` rows at the bound, the rest of the energy nor
 sketch is asked for all rows that hold `1 / tau` of the energy, and counted are the numbers of the
 sketch that the search looks at (point queries), the rows of the sketch, and what it finds:
 
-- expander: one query for every cell of every layer, and one for every bit of a heavy cell's name;
+- expander: one query for every cell of every layer, and one for every bit of the name of a cell
+  whose plain sum is large enough to go on;
 - dyadic: a CountSketch for every level of a tree over the rows; one query for every child of every
   node that is kept and every repetition. A node is kept if the median of its squares is at least
   half of the bound. Once with 9 repetitions, and once with `log2 n`, which a guarantee for all of
@@ -35,9 +36,11 @@ import torch
 
 from hyperframe.benchmarking.report import append_rows
 from hyperframe.detectors.count_sketch import CountSketch as Detector
+from hyperframe.detectors.expander_sketch import distinct
+from hyperframe.kernels.ops.names import NUM_OUTPUTS, VERTICES
 from hyperframe.sketching.columns import ColumnProblem
 from hyperframe.sketching.count_sketch import BRANCHING, CountSketch
-from hyperframe.sketching.expander_decoding import distinct, expander_rows, heavy_names
+from hyperframe.sketching.expander_decoding import PLAIN, expander_rows
 from hyperframe.sketching.expander_sketch import ExpanderSketch
 
 CPU = torch.device("cpu")
@@ -60,12 +63,11 @@ def expander(x: torch.Tensor, tau: int, repetitions: int, seed: int) -> dict[str
     for _ in range(repetitions):
         drawn = ExpanderSketch.draw(1, num_rows=x.shape[1], tau=tau, width=WIDTH, device=CPU,
                                     generator=g)  # fmt: skip
-        value = drawn.apply(x).transpose(1, 2).contiguous()
-        is_heavy, _, _ = heavy_names(value, drawn.layout, tau=tau)
-        cells = is_heavy[0, 0].numel()
-        queries += cells + drawn.layout.name_bits * float(is_heavy.sum()) / x.shape[-1]
+        sketch, key = drawn.apply(x), torch.eye(x.shape[-1])[None]
+        looked = int((tau * sketch[:, :, 0].square() >= PLAIN).sum()) / x.shape[-1]
+        queries += drawn.layout.num_buckets * VERTICES + (NUM_OUTPUTS - 1) * looked
         size += drawn.layout.num_outputs
-        rows.append(expander_rows(drawn, value, tau=tau, capacity=2 * tau))
+        rows.append(expander_rows(drawn, sketch, key, tau=tau, capacity=3 * tau))
     found = distinct(torch.cat(rows, dim=-1))[0]
     return {"sketch_rows": size, "point_queries": queries, "found": found}
 

@@ -261,7 +261,8 @@ class Registry(Generic[_Base]):
         if not is_spec_name(name):
             raise ArgumentError(
                 f"name={name!r} cannot name a {self.kind}: a spec string could not hold it. Use "
-                f'ASCII letters, digits and _, as in register("my_{self.kind}", cls).'
+                f"ASCII letters, digits and _, and no keyword of Python, as in "
+                f'register("my_{self.kind}", cls).'
             )
         if cls is None:
             return lambda decorated: self.register(name, decorated, replace=replace)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import hypothesis
 import pytest
 
@@ -24,6 +27,21 @@ def test_there_is_one_to_work_with_one_for_every_change_and_one_for_the_night() 
     for name in ("ci", "nightly"):
         assert settings[name].print_blob  # a failure is repeated by copying one line
         assert hypothesis.HealthCheck.too_slow in settings[name].suppress_health_check
+
+
+def test_every_test_follows_the_profile() -> None:
+    # a number of its own would be the same at night: max(60, settings.default.max_examples)
+    fixed = []
+    for path in Path(__file__).parent.rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("settings"):
+                for option in node.keywords:
+                    is_number = isinstance(option.value, ast.Constant)
+                    if option.arg == "deadline" or (option.arg == "max_examples" and is_number):
+                        fixed.append(f"{path.name}:{node.lineno} {ast.unparse(option)}")
+    # not a property test: it collects examples of a strategy, and reads a file of questions
+    known = ("test_strategies.py", "test_questions.py")
+    assert [found for found in fixed if not found.startswith(known)] == []
 
 
 @pytest.mark.parametrize(

@@ -178,4 +178,7 @@ class ListsUnderAppend(RuleBasedStateMachine):
 TestRegistryLife = RegistryLife.TestCase
 TestListsUnderAppend = ListsUnderAppend.TestCase
 for case in (TestRegistryLife, TestListsUnderAppend):
-    case.settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
+    case.settings = settings(
+        # of one life fifteen steps; a night has more lives
+        max_examples=max(15, settings.default.max_examples // 2), stateful_step_count=15,
+    )  # fmt: skip

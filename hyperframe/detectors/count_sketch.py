@@ -28,8 +28,9 @@ class CountSketch(AbstractEntryDetector):
     `tau` of them. A random linear map `T` with far fewer rows than `Q` (a CountSketch for every
     level of a tree over the rows) makes `(T Q) k_j` the sketch of the column, from which its heavy
     rows are decoded, all columns at once: the tree is descended where enough energy is seen.
-    Candidates are then tested by their exact products. No entry is held that fails the definition
-    (up to rounding), and one that meets it is missed with small probability: see `repetitions`.
+    Candidates are then tested by their exact products, in float32 at least. No entry is held whose
+    share of the energy is below `(1 - 128 eps) / tau`, with float32's `eps` 1.5e-5 below the bound,
+    and one that meets it is missed with small probability: see `repetitions`.
 
     Where `T` would have more than a quarter of the rows of `Q`, the identity is the better sketch:
     all products of a few columns at a time are looked at, and none is missed.

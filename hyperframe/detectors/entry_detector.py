@@ -24,7 +24,6 @@ CandidateSearch = Callable[[torch.Tensor], torch.Tensor]
 """From some scaled keys, `[heads, columns, d]`, to distinct rows `[heads, columns, C]` or -1."""
 
 _MOST_TAU = 64  # of tau="auto"
-_EXACT_UP_TO = 4  # times the rows of the sketch
 _LIST_BYTES = 16 << 20  # of a head's lists, for max_keys_per_tile=None
 _BYTES_PER_KEY = 12  # an index and a word of rows
 _CPU_BYTES, _GPU_BYTES = 256 << 20, 1 << 30  # for max_bytes=None
@@ -68,6 +67,8 @@ class AbstractEntryDetector(AbstractDetector):
 
     takes_stream: ClassVar[bool] = True
     finds: ClassVar[tuple[str, ...]] = ("entries",)
+    exact_up_to: ClassVar[float] = 4
+    """Times the rows of the sketch: for fewer queries `search="auto"` looks at all products."""
 
     tau: int | float | str = "auto"
     positive_only: bool = False
@@ -163,7 +164,7 @@ class AbstractEntryDetector(AbstractDetector):
 
     def _is_exact(self, num_queries: int, tau: float) -> bool:
         if self.search == "auto":
-            return num_queries < _EXACT_UP_TO * self._sketch_rows(num_queries, tau)
+            return num_queries < self.exact_up_to * self._sketch_rows(num_queries, tau)
         return self.search == "exact"
 
     def _tau(self, num_queries: int) -> float:

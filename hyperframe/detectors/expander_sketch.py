@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from ..component import check_bool, check_positive_int, check_positive_number
-from ..precision import without_autocast
+from ..component import check_bool, check_choice, check_positive_int, check_positive_number
 from ..sketching import expander_sketch as sketches
 from ..sketching.columns import ColumnProblem
-from ..sketching.expander_decoding import MOST_CLUSTERS, distinct, expander_rows
+from ..sketching.decoders import DECODERS, choose_decoder
+from ..sketching.expander_decoding import column_bytes, expander_rows
 from .entry_detector import AbstractEntryDetector, CandidateSearch
 
 __all__ = ["ExpanderSketch"]
@@ -26,20 +27,22 @@ class ExpanderSketch(AbstractEntryDetector):
     sketch reads names of heavy rows from it; names point at the names of the same row in other
     layers; those that agree form clusters, and a cluster spells its row in an error-correcting code
     (see `hyperframe.sketching.expander_sketch`). All columns are decoded at once. Candidates are
-    then tested by their exact products: no entry is held that fails the definition (up to
-    rounding).
+    then tested by their exact products, in float32 at least: no entry is held whose share of the
+    energy is below `(1 - 128 eps) / tau`, with float32's `eps` 1.5e-5 below the bound.
 
-    One map misses up to 1.5 % of the rows at the bound where half of the energy or more is spread
-    out, and 2 to 3 % where `tau` equal rows share all of it, the worst there is; two maps miss a
-    few in 10,000 of those. Maps are independent, and what any of them finds is a candidate. These
-    are measurements: at these sizes the constants of the paper's proof mean nothing.
+    One map misses what noise spoils. Measured, of rows just at the bound that hold half of the
+    energy of their column 1 to 4 in 1,000, and of `tau` equal rows that share all of it, the worst
+    there is, 7 to 9; beyond `4,096 tau` rows, with a weaker code, 12 and 32. Maps are independent,
+    and what any of them finds is a candidate: two missed 1 of 151,000, and beyond that length 0.5
+    and 1.5 in 1,000. They cost twice as much, so one is the default; take `repetitions=2` where a
+    miss matters. (At these sizes the constants of the paper's proof mean nothing.)
 
-    A search looks at about `170 tau` numbers a map, nearly as many for a million rows as for a
+    A search looks at about `200 tau` numbers a map, hardly more for a million rows than for a
     thousand, where a descent of a tree needs ever more levels and repetitions: with `log2(n)` of
     these it looks at more from 2^16 rows on (`benchmarks/sketches.py`). But here one product makes
-    all numbers of a sketch, about `1,100 tau` a map up to 2^16 rows, and `count_sketch` has fewer.
-    Where they are more than a quarter of the rows of `Q`, the identity is the better sketch: all
-    products of a few columns at a time are looked at, and none is missed.
+    all numbers of a sketch, `832 tau` a map, and `count_sketch` has fewer. Where they are more than
+    half of the rows of `Q`, the identity is the better sketch: all products of a few columns at a
+    time are looked at, and none is missed.
 
     A plan holds what any row of a tile of `tile_size` rows holds for all of the tile; the mask is
     the entries themselves. Under `is_causal` entries above the diagonal are dropped after the
@@ -59,14 +62,17 @@ class ExpanderSketch(AbstractEntryDetector):
             None: 256 MiB, on a GPU 1 GiB.
         repetitions: independent maps.
         width: cells of a layer, times `tau`.
-        keep: candidates of a column and map that are tested, times `tau`.
-        spectral: part clusters that noise has joined, by a spectral cut; without it 10 to 20 %
-            of the heavy rows are missed where half of the energy or more is in heavy rows.
+        keep: candidates of a column and map that are tested, times `tau`; of more those of the
+            first buckets. Columns of energy 1 have clusters for about `2.2 tau` rows at most.
+        spectral: part clusters that noise has joined, by a spectral cut; without it twice as many
+            rows are missed where half of the energy is in heavy rows.
+        decoder: what reads a sketch: `"torch"` (on a GPU its kernels); `"numba"`, on a CPU; or
+            `"auto"`, see `hyperframe.sketching.decoders`. For the same products they find the same.
 
-    Cost: with `S` rows of the sketch, about `17 * 8 * width * repetitions * tau`: `O(S d)` for a
-        column, `O(repetitions * 136 * n_q d)` to sketch; about 30 products of `64 x 64` matrices
-        for a bucket whose clusters are joined. Memory `O(tau n_k)` a head and `max_bytes`. No
-        gradient.
+    Cost: with `S = 832 * repetitions * tau` rows of the sketch at `width` 8 and up to
+        `31,000 tau` rows, `O(S d)` for a column, `O(13 * 8 * repetitions * n_q d)` to sketch; 20
+        steps of a Laplacian of 64 vertices for a bucket whose clusters are joined. Memory
+        `O(tau n_k)` a head and `max_bytes`. On a GPU no host synchronisation. No gradient.
     Source: HyperAttention (arXiv 2310.05869), Corollary 2; Larsen, Nelson, Nguyen and Thorup (2016,
         arXiv 1604.01357). Departures: those of the sketch, see there; the cuts, see
         `hyperframe.sketching.clusters`; energies are exact, by `Q^T Q`, and so are the products of
@@ -80,10 +86,13 @@ class ExpanderSketch(AbstractEntryDetector):
         [7, 6, 5, 4, 3, 2, 1, 0]
     """
 
-    repetitions: int = 2
+    exact_up_to: ClassVar[float] = 2  # names are read as products are made: they are not stored
+
+    repetitions: int = 1
     width: int | float = 8
-    keep: int | float = 2
+    keep: int | float = 3
     spectral: bool = True
+    decoder: str = "auto"
 
     def __post_init__(self) -> None:
         """Check the parameters."""
@@ -92,6 +101,7 @@ class ExpanderSketch(AbstractEntryDetector):
         check_positive_number(self, "width", self.width)
         check_positive_number(self, "keep", self.keep)
         check_bool(self, "spectral", self.spectral)
+        check_choice(self, "decoder", self.decoder, DECODERS)
 
     def _sketch_rows(self, num_queries: int, tau: float) -> int:
         layout = sketches.Layout.of(num_queries, tau=tau, width=self.width)
@@ -100,34 +110,36 @@ class ExpanderSketch(AbstractEntryDetector):
     def _search(
         self, problem: ColumnProblem, tau: float, generator: torch.Generator | None
     ) -> tuple[CandidateSearch, int]:
-        heads, num_queries, _ = problem.query.shape
-        capacity = max(1, math.ceil(self.keep * tau))
-        drawn = [
-            sketches.ExpanderSketch.draw(
-                heads, num_rows=num_queries, tau=tau, width=self.width,
-                device=problem.query.device, generator=generator,
-            )
-            for _ in range(self.repetitions)
-        ]  # fmt: skip
-        sketched = [one.apply(problem.query) for one in drawn]
+        query = problem.query
+        heads, num_queries, _ = query.shape
+        capacity = max(1, math.ceil(min(num_queries, self.keep * tau)))
+        # on a GPU products in half precision nominate: the exact test is in float32
+        dtype = torch.bfloat16 if query.is_cuda and query.dtype == torch.float32 else query.dtype
+        maps = []
+        for _ in range(self.repetitions):
+            drawn = sketches.ExpanderSketch.draw(
+                heads, num_rows=num_queries, tau=tau, width=self.width, device=query.device,
+                generator=generator,
+            )  # fmt: skip
+            maps.append((drawn, drawn.apply(query).to(dtype)))
+        products = heads * problem.key.shape[1] * self._sketch_rows(num_queries, tau)
+        decoder = choose_decoder(self.decoder, device=query.device, products=products)
 
         def search(key: torch.Tensor) -> torch.Tensor:
-            rows = []
-            for one, sketch in zip(drawn, sketched, strict=True):
-                with without_autocast(key):
-                    value = key @ sketch.transpose(-1, -2)
-                rows.append(
-                    expander_rows(one, value, tau=tau, capacity=capacity, spectral=self.spectral)
+            rows = [
+                expander_rows(
+                    drawn, sketch, key, tau=tau, capacity=capacity, spectral=self.spectral,
+                    decoder=decoder,
                 )
+                for drawn, sketch in maps
+            ]  # fmt: skip
             return rows[0] if len(rows) == 1 else distinct(torch.cat(rows, dim=-1))
 
-        return search, _column_bytes(drawn[0].layout, problem.query.element_size())
+        return search, self.repetitions * column_bytes(maps[0][1], capacity)
 
 
-def _column_bytes(layout: sketches.Layout, item: int) -> int:
-    """Return about how much is held while one column of a head is searched."""
-    values = layout.num_outputs * (item + 2)
-    edges = 8 * 4 * layout.graph.degree * layout.num_buckets * layout.num_vertices
-    counts = 8 * 2 * layout.num_buckets * layout.num_vertices * layout.num_layers
-    words = 8 * 8 * layout.num_buckets * MOST_CLUSTERS * layout.num_layers
-    return values + edges + counts + words
+def distinct(row: torch.Tensor) -> torch.Tensor:
+    """Return rows in descending order, with -1 for all but the first of equal ones."""
+    row = row.sort(dim=-1, descending=True).values
+    is_again = torch.nn.functional.pad(row[..., 1:] == row[..., :-1], (1, 0))
+    return row.masked_fill(is_again, -1)

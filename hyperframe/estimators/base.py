@@ -59,10 +59,13 @@ class AbstractEstimator(AbstractComponent):
 
     Attributes:
         takes_stream: `generator` may be a `Stream`; see `AbstractDetector`.
+        is_unbiased: the mean of `D~` over the draws is `D`. Not inherited by a class with a
+            `row_sums` of its own.
     """
 
     kind: ClassVar[str] = "estimator"
     takes_stream: ClassVar[bool] = False
+    is_unbiased: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Wrap `row_sums` with checks of its arguments, and see to the source of draws."""
@@ -76,6 +79,8 @@ class AbstractEstimator(AbstractComponent):
                     method = with_checked_answer(method, answer)
                 setattr(cls, name, wrap(method))
                 cls.takes_stream = cls.__dict__.get("takes_stream", False)
+                if name == "row_sums":
+                    cls.is_unbiased = cls.__dict__.get("is_unbiased", False)
 
     @property
     def columns(self) -> AbstractSampler | None:

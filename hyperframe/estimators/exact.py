@@ -27,6 +27,7 @@ class Exact(AbstractEstimator):
     """
 
     takes_stream: ClassVar[bool] = True
+    is_unbiased: ClassVar[bool] = True
 
     def row_sums(
         self, query: torch.Tensor, key: torch.Tensor, mask: HeavyMask, *,

@@ -50,6 +50,7 @@ class Kde(AbstractEstimator):
     """
 
     takes_stream: ClassVar[bool] = True
+    is_unbiased: ClassVar[bool] = True
     uses_queries: ClassVar[bool] = True
 
     num_queries: int = 64

@@ -37,6 +37,7 @@ class Uniform(AbstractEstimator):
     """
 
     takes_stream: ClassVar[bool] = True
+    is_unbiased: ClassVar[bool] = True
 
     def row_sums(
         self, query: torch.Tensor, key: torch.Tensor, mask: HeavyMask, *,

@@ -2,127 +2,189 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 
-from .clusters import cluster_words, component_labels, is_ambiguous, mutual_edges, parted_labels
-from .expander_sketch import CELL_BITS, ExpanderSketch, Layout
+from ..kernels.ops.names import NUM_OUTPUTS, VERTICES
+from ..kernels.sketch import runs_kernels
+from ..precision import without_autocast
+from .clusters import components, has_twins, mutual_edges, num_layers, parted
+from .codes import CellCode
+from .expander_sketch import ExpanderSketch
 
-__all__ = ["MOST_CLUSTERS", "distinct", "expander_rows", "heavy_names"]
+__all__ = ["EVEN", "NAMED", "PLAIN", "SHARE", "column_bytes", "expander_rows", "heavy_names"]
 
-NAME_SHARE = 0.25
-"""Part of a heavy row's energy that the square of a cell has to show for its name to be read."""
+PLAIN = 0.15
+"""Part of a heavy row's energy that the square of a cell's plain sum shows, or nothing else of the
+cell is looked at: 27 % of cells without a heavy row go on, 4 % of those with one do not."""
 
-MOST_CLUSTERS = 8
-"""Clusters of a bucket; where one heavy row is expected, more are there once in 10^5 buckets."""
+SHARE = 0.45
+"""Part of a heavy row's energy that the mean square of all sums of a cell shows. Of the rest of a
+cell it is 1/8 on average, and with 13 looks hardly ever 1/4."""
 
-_PARTED_SHARE = 16  # one graph of so many is parted where looking how many need it would wait
+EVEN = 0.8
+"""The squared mean of the absolute sums over their mean square, at least. It is 1 for a row alone,
+0.96 at the bound amid noise, 1/2 where two rows of the same size meet."""
+
+NAMED = 1 << (NUM_OUTPUTS - 1)
+"""The bit of a vertex that holds a name; the bits below it are the name."""
+
+_MOST_TAU = 1e18  # of the search, whose squares must not overflow
+_LEAST_COLUMNS, _CHUNK_BYTES = 64, 8 << 20
 
 
-def heavy_names(
-    value: torch.Tensor, layout: Layout, *, tau: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what the sketches of columns say about the cells: the point queries.
+class Found(NamedTuple):
+    """Clusters that are rows: bucket (of all columns), place in it; in order. int64 `[count]`."""
+
+    graph: torch.Tensor
+    place: torch.Tensor
+
+
+def heavy_names(value: torch.Tensor) -> torch.Tensor:
+    """Return what the vertices of graphs say: the point queries.
 
     Args:
-        value: `[..., num_outputs]`, sketches of columns with energy 1 (or of zero columns).
-        layout: of the sketch.
-        tau: see `ExpanderSketch.draw`.
+        value: floating point `[..., 13, 64]`, sketches of columns, scaled so that a row at the
+            bound has size 1.
 
     Returns:
-        bool `[..., buckets, layers * cells]`, which cells hold a heavy name; its symbol, uint8, the
-        same shape; and uint8 `[..., buckets, degree, layers * cells]`, the cells that it names in
-        the neighbouring layers.
+        int64 `[..., 64]`: 0, or `NAMED` and the name.
     """
-    value = value.unflatten(-1, (1 + layout.name_bits, layout.num_buckets, layout.num_vertices))
-    is_heavy = value[..., 0, :, :].square() * tau >= NAME_SHARE
-    negative = value < 0
-    bits = (negative[..., 1:, :, :] ^ negative[..., :1, :, :]).view(torch.uint8)
-
-    def number(first: int, count: int) -> torch.Tensor:
-        found = bits[..., first, :, :].clone()
-        for bit in range(1, count):
-            found |= bits[..., first + bit, :, :] << bit
-        return found
-
-    first = layout.code.bits
-    named = [number(first + CELL_BITS * s, CELL_BITS) for s in range(layout.graph.degree)]
-    return is_heavy, number(0, first), torch.stack(named, dim=-2)
+    energy, size = value.square().sum(dim=-2), value.abs().sum(dim=-2)
+    is_named = value[..., 0, :].square() >= PLAIN
+    is_named = is_named & (energy >= NUM_OUTPUTS * SHARE)
+    is_named = is_named & (size.square() >= NUM_OUTPUTS * EVEN * energy)
+    is_minus = value < 0
+    bits = is_minus[..., 1:, :] ^ is_minus[..., :1, :]
+    shift = torch.arange(NUM_OUTPUTS - 2, -1, -1, device=value.device).unsqueeze(-1)
+    name = (bits.long() << shift).sum(dim=-2)
+    return torch.where(is_named, name | NAMED, 0)
 
 
 def expander_rows(
-    drawn: ExpanderSketch, value: torch.Tensor, *, tau: float, capacity: int, spectral: bool = True
-) -> torch.Tensor:
+    drawn: ExpanderSketch, sketch: torch.Tensor, key: torch.Tensor, *, tau: float, capacity: int,
+    spectral: bool = True, decoder: str = "torch",
+) -> torch.Tensor:  # fmt: skip
     """Return candidates for the heavy rows of columns.
 
     Args:
-        drawn: the map that made the sketches.
-        value: `[heads, columns, num_outputs]`, sketches of columns with energy 1 (or of zero
-            columns), `key @ drawn.apply(query)^T` for keys so scaled.
+        drawn: the map that made the sketch.
+        sketch: what `drawn.apply` returns of the queries; may be of a lower precision.
+        key: floating point `[heads, columns, d]`, scaled so that every column `Q k` has energy 1,
+            or is zero.
         tau: a row is heavy if its square is at least `1 / tau`.
-        capacity: candidates of a column at most, those with the largest sums first.
-        spectral: part clusters that noise has joined (see `parted_labels`).
+        capacity: candidates of a column at most. Where there are more, those of the first buckets
+            are kept; of energy 1 there are no clusters for more than about `2.2 tau`.
+        spectral: part clusters that noise has joined (see `clusters.parted`).
+        decoder: `"torch"` (with Triton on CUDA, its kernels) or `"numba"`.
 
     Returns:
-        int64 `[heads, columns, C]` with `C <= capacity`, distinct rows of a column, -1 for none.
-    Cost: about `num_outputs` comparisons and `4 layers cells buckets` look-ups for a column, and
-        memory of that size: ask for some columns at a time. Where reading a value is free, on a
-        CPU, graphs with too few edges for a cluster are left out; elsewhere all sizes are known
-        beforehand, nothing waits for the device, and one graph of 16 at most is parted.
+        int64 `[heads, columns, capacity]`, distinct rows of a column, then -1 for none. For the
+        same products all decoders return the same, in the same order. No gradient.
+    Cost: `d` products for every column and number of the sketch; of a bucket without names in as
+        many layers as a message has symbols nothing more is looked at. On CUDA two launches, a
+        byte for every bucket and 128 for one with a cluster, and no host synchronisation.
     """
-    layout = drawn.layout
-    heads, columns, _ = value.shape
-    is_heavy, symbol, named = heavy_names(value, layout, tau=tau)
-    strength = value[..., : is_heavy[0, 0].numel()].abs().view(is_heavy.shape)
-    graphs = (x.flatten(0, 2) for x in (is_heavy, symbol, named, strength))
-    heavy, symbol, named, size = graphs
-    target, is_edge = mutual_edges(named, heavy, layout.graph, 1 << CELL_BITS)
-    least = max(layout.code.message, layout.num_layers // 2)
-    num_graphs = heavy.shape[0]
-    can_look = _can_look(value)
-    chosen = None
-    if can_look:
-        chosen = (is_edge.any(dim=1).sum(dim=-1) >= least).nonzero().squeeze(-1)
-        target, is_edge, heavy = target[chosen], is_edge[chosen], heavy[chosen]
-        symbol, size = symbol[chosen], size[chosen]
-    label = component_labels(target, is_edge, heavy)
+    found: torch.Tensor = torch.ops.hyperframe.expander_rows(
+        key, sketch, drawn.bucket_order, drawn.layout.code.message,
+        math.sqrt(min(tau, _MOST_TAU)), capacity, drawn.num_rows, spectral, decoder,
+    )  # fmt: skip
+    return found
+
+
+def column_bytes(sketch: torch.Tensor, capacity: int) -> int:
+    """Return about how many bytes are held while a column of a head is searched."""
+    buckets = sketch.shape[1]
+    return buckets * (1 + 2 * VERTICES) + 8 * capacity
+
+
+@torch.library.impl("hyperframe::expander_rows", "default")
+def _run(
+    key: torch.Tensor, sketch: torch.Tensor, bucket_order: torch.Tensor, message: int,
+    factor: float, capacity: int, num_rows: int, spectral: bool, decoder: str,
+) -> torch.Tensor:  # fmt: skip
+    given = (key, sketch, bucket_order, message, factor, capacity, num_rows, spectral)
+    if decoder == "numba":
+        from .numba_expander import numba_rows
+
+        return numba_rows(*given)
+    if runs_kernels(key) and key.shape[-1] <= 256 and sketch.dtype != torch.float64:
+        from ..kernels.triton import clusters as kernels
+        from .clusters import name_tables
+
+        code = CellCode(message=message)
+        with torch.cuda.device(key.device):
+            return kernels.triton_rows(
+                *given, code.tables(key.device), name_tables(key.device), (PLAIN, SHARE, EVEN)
+            )
+    return torch_rows(*given)
+
+
+def torch_rows(
+    key: torch.Tensor, sketch: torch.Tensor, bucket_order: torch.Tensor, message: int,
+    factor: float, capacity: int, num_rows: int, spectral: bool,
+) -> torch.Tensor:  # fmt: skip
+    """Do what `expander_rows` says, on any device; waits for it."""
+    heads, columns, _ = key.shape
+    buckets = sketch.shape[1]
+    places = bucket_order.shape[1] // buckets
+    out = torch.full((heads, columns, capacity), -1, dtype=torch.int64, device=key.device)
+    key = (key * factor).to(sketch.dtype)
+    code = CellCode(message=message)
+    size = sketch[0, :, :, :, 0].numel() * max(4, sketch.element_size()) * 4
+    step = max(_LEAST_COLUMNS, _CHUNK_BYTES // size)
+    for head in range(heads):
+        rows = sketch[head].flatten(0, 2).T
+        for start in range(0, columns, step):
+            part = key[head, start : start + step]
+            with without_autocast(key):
+                value = (part @ rows).view(-1, NUM_OUTPUTS, VERTICES)
+            found = clusters_of(heavy_names(value), code, spectral=spectral)
+            column, bucket = found.graph // buckets, found.graph % buckets
+            place = found.place.clamp(max=places - 1)
+            row = bucket_order[head][bucket * places + place]
+            is_row = (found.place < places) & (row < num_rows)
+            column, row = column[is_row], row[is_row]
+            # the rank of a candidate among those of its column
+            number = torch.arange(len(row), device=key.device)
+            first = torch.searchsorted(column, torch.arange(len(part), device=key.device))
+            slot = number - first[column]
+            is_kept = slot < capacity
+            out[head, start + column[is_kept], slot[is_kept]] = row[is_kept]
+    return out
+
+
+def clusters_of(word: torch.Tensor, code: CellCode, *, spectral: bool) -> Found:
+    """Return what the clusters of graphs spell, graph by graph, first vertex by first vertex.
+
+    Args:
+        word: int64 `[graphs, 64]`, see `heavy_names`.
+        code: of the places.
+        spectral: part joined clusters.
+    """
+    least = code.message
+    held = ((word > 0).unflatten(-1, (8, 8)).any(dim=-1)).sum(dim=-1)
+    graph = (held >= least).nonzero().squeeze(-1)
+    word = word[graph]
+    edges = mutual_edges(word)
+    members = components(word, edges)
     if spectral:
-        sizes = {"num_layers": layout.num_layers, "least": least}
-        needs = is_ambiguous(label, **sizes).any(dim=-1)
-        if can_look:
-            some = needs.nonzero().squeeze(-1)
-        else:
-            some = (~needs).to(torch.uint8).sort(stable=True).indices
-            some = some[: -(-num_graphs // _PARTED_SHARE)]
-        parted = parted_labels(target[some], is_edge[some], label[some], **sizes)
-        label = label.index_copy(0, some, parted)
-    words = cluster_words(
-        label, symbol, num_layers=layout.num_layers, num_slots=MOST_CLUSTERS, least=least
-    )
-    row, is_near = layout.code.decode(words.symbol, words.is_missing)
-    is_found = is_near & (words.root < layout.num_vertices) & (row < drawn.num_rows)
-    size = size.gather(-1, words.root.clamp(max=layout.num_vertices - 1))
-    size = torch.where(is_found, size, -1)
-    if chosen is not None:
-        shape = (num_graphs, MOST_CLUSTERS)
-        row = row.new_zeros(shape).index_copy_(0, chosen, row)
-        size = size.new_full(shape, -1).index_copy_(0, chosen, size)
-    return _best_rows(row.view(heads, columns, -1), size.view(heads, columns, -1), capacity)
-
-
-def _can_look(tensor: torch.Tensor) -> bool:
-    """Whether values may be read: on other devices every call would wait, a graph would break."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _best_rows(row: torch.Tensor, size: torch.Tensor, capacity: int) -> torch.Tensor:
-    """Return the rows of largest size, each once: `[heads, columns, C]`."""
-    best, place = size.topk(min(capacity, size.shape[-1]), dim=-1)
-    row = torch.where(best >= 0, row.gather(-1, place), -1)
-    return distinct(row)
-
-
-def distinct(row: torch.Tensor) -> torch.Tensor:
-    """Return rows in descending order, with -1 for all but the first of equal ones."""
-    row = row.sort(dim=-1, descending=True).values
-    row[..., 1:] = row[..., 1:].masked_fill(row[..., 1:] == row[..., :-1], -1)
-    return row
+        needs = (has_twins(members) & (num_layers(members) >= least)).any(dim=-1).nonzero()
+        needs = needs.squeeze(-1)
+        some = type(edges)(edges.target[needs], edges.is_edge[needs])
+        members[needs] = parted(word[needs], some, members[needs], least)
+    vertex = torch.arange(VERTICES, device=word.device)
+    # the first vertex of a set stands for it
+    is_root = (members != 0) & ((members & -members) == (torch.ones_like(members) << vertex))
+    is_root = is_root & (num_layers(members) >= least)
+    at, root = is_root.nonzero().unbind(-1)
+    place = code.decode(members[at, root])
+    at, place = graph[at][place >= 0], place[place >= 0]
+    # a row that was split in two halves is spelled twice
+    both = at * code.num_words + place
+    order = both.argsort(stable=True)
+    is_first = torch.ones_like(both, dtype=torch.bool)
+    is_first[order[1:]] = both[order[1:]] != both[order[:-1]]
+    return Found(graph=at[is_first], place=place[is_first])

@@ -24,7 +24,7 @@ SPECS = {
     "expander_sketch": (
         "expander_sketch(tau=6, positive_only=True, center=True, search='sketch', "
         "max_keys_per_tile=9, tile_size=16, max_bytes=99, repetitions=3, width=4, keep=5, "
-        "spectral=False)"
+        "spectral=False, decoder='torch')"
     ),
     "heavy_columns": "heavy_columns(num_columns=6, num_queries=5, tile_size=9)",
     "kmeans": (

@@ -250,10 +250,10 @@ def test_short_sequences_are_searched_exactly_unless_asked_otherwise(
     exact = find("expander_sketch(tau=4)", query, key).to_dense()
     assert not asked
     assert torch.equal(find(SPEC, query, key).to_dense(), exact)
-    assert len(asked) == 2
+    assert len(asked) == 1
     detector = ExpanderSketch(tau=2)
-    assert detector._is_exact(4 * detector._sketch_rows(20_000, 2) - 1, 2)
-    assert not detector._is_exact(4 * detector._sketch_rows(20_000, 2), 2)
+    assert detector._is_exact(2 * detector._sketch_rows(20_000, 2) - 1, 2)
+    assert not detector._is_exact(2 * detector._sketch_rows(20_000, 2), 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -281,14 +281,6 @@ def test_no_value_is_read_while_entries_are_found(is_causal: bool) -> None:
     """Tensors without values: reading one, or a size that depends on one, is an error."""
     query, key = (torch.empty(2, heads, 70, 8, device="meta") for heads in (4, 2))
     assert create(SPEC).find(query, key, is_causal=is_causal).device.type == "meta"
-
-
-def test_sizes_known_beforehand_find_what_looking_finds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU does, done here: no graph is left out, and few enough need to be parted."""
-    query, key = separated()
-    expected = find(SPEC, query, key).to_dense()
-    monkeypatch.setattr(expander_decoding, "_can_look", lambda _: False)
-    assert torch.equal(find(SPEC, query, key).to_dense(), expected)
 
 
 @pytest.mark.parametrize("causal", ["single_pass", "recursive"])

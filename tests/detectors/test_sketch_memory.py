@@ -30,14 +30,15 @@ def allocated(spec: str, n: int) -> tuple[int, int]:
     return most, largest
 
 
+@pytest.mark.parametrize("name", ["count_sketch", "expander_sketch"])
 @pytest.mark.parametrize(
     "options",
     ["search='sketch', decoder='torch'", "search='sketch', decoder='numba'", "search='exact'"],
 )
-def test_memory_grows_with_the_length_and_not_with_its_square(options: str) -> None:
+def test_memory_grows_with_the_length_and_not_with_its_square(name: str, options: str) -> None:
     if "numba" in options:
         pytest.importorskip("numba")
-    spec = f"count_sketch(tau=4, max_bytes=1_000_000, max_keys_per_tile=32, {options})"
+    spec = f"{name}(tau=4, max_bytes=1_000_000, max_keys_per_tile=32, {options})"
     n = 4096
     (most, largest), (most_twice, largest_twice) = allocated(spec, n), allocated(spec, 2 * n)
     # twice the length, and what levels and word sizes add by steps; a square would be four times

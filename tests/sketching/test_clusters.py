@@ -2,53 +2,78 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperframe.sketching.clusters import (
-    cluster_words,
-    component_labels,
-    is_ambiguous,
+    GRAPH,
+    Edges,
+    components,
+    has_twins,
     mutual_edges,
-    parted_labels,
+    num_layers,
+    parted,
 )
+from hyperframe.sketching.expander_decoding import NAMED
 from hyperframe.sketching.expander_graph import ExpanderGraph
 
-LAYERS, CELLS, DEGREE = 8, 8, 4
-GRAPH = ExpanderGraph.make(LAYERS, DEGREE)
-VERTICES = LAYERS * CELLS
+LAYERS, CELLS, DEGREE, VERTICES = 8, 8, 4, 64
 
 
-def named_by(cells: list[list[int]], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Names of vertices where row `r` lies in cell `cells[r][k]` of layer k; else random ones."""
-    g = torch.Generator().manual_seed(seed)
-    named = torch.randint(0, CELLS, (DEGREE, VERTICES), generator=g, dtype=torch.uint8)
-    is_heavy = torch.zeros(VERTICES, dtype=torch.bool)
-    for row in cells:
+def named_by(rows: list[list[int]], seed: int) -> torch.Tensor:
+    """What vertices say where row `r` lies in cell `rows[r][k]` of layer k; others say nothing."""
+    word = torch.zeros(VERTICES, dtype=torch.int64)
+    for row in rows:
         for layer, cell in enumerate(row):
-            is_heavy[layer * CELLS + cell] = True
+            name = NAMED
             for place, other in enumerate(GRAPH.neighbours[layer]):
-                named[place, layer * CELLS + cell] = row[other]
-    return named, is_heavy
+                name |= row[other] << (3 * place)
+            word[layer * CELLS + cell] = name
+    g = torch.Generator().manual_seed(seed)
+    noise = NAMED | torch.randint(0, NAMED, word.shape, generator=g)
+    is_noise = torch.rand(word.shape, generator=g) < 0.5
+    return torch.where((word == 0) & is_noise, noise, word)
 
 
-def edges_by_hand(named: torch.Tensor, is_heavy: torch.Tensor) -> set[tuple[int, int]]:
+def edges_by_hand(word: list[int]) -> set[tuple[int, int]]:
     found = set()
     for vertex in range(VERTICES):
         layer, cell = divmod(vertex, CELLS)
         for place, other in enumerate(GRAPH.neighbours[layer]):
-            target = other * CELLS + int(named[place, vertex])
-            back = int(named[GRAPH.neighbours[other].index(layer), target])
-            if back == cell and is_heavy[vertex] and is_heavy[target]:
+            target = other * CELLS + (word[vertex] >> (3 * place) & 7)
+            back = word[target] >> (3 * GRAPH.neighbours[other].index(layer)) & 7
+            if back == cell and word[vertex] > 0 and word[target] > 0:
                 found.add((vertex, target))
     return found
 
 
-def adjacency(target: torch.Tensor, is_edge: torch.Tensor) -> set[tuple[int, int]]:
+def pairs(edges: Edges, graph: int = 0) -> set[tuple[int, int]]:
     return {
-        (vertex, int(target[place, vertex])) for place, vertex in is_edge.nonzero().tolist()
-    }  # fmt: skip
+        (vertex, int(edges.target[graph, place, vertex]))
+        for place, vertex in edges.is_edge[graph].nonzero().tolist()
+    }
+
+
+def vertices(members: int) -> set[int]:
+    return {vertex for vertex in range(VERTICES) if members >> vertex & 1}
+
+
+def test_the_graph_is_the_best_of_its_size() -> None:
+    assert ExpanderGraph.make(LAYERS, DEGREE) == GRAPH
+    assert GRAPH.second_eigenvalue() <= 1.15 * 2 * 3**0.5
+
+
+def test_a_set_of_layers_has_edges_outside() -> None:
+    """The least conductance, over all sets of up to half of the layers."""
+    least = 1.0
+    for chosen in range(1, 256):
+        inside = [k for k in range(LAYERS) if chosen >> k & 1]
+        if len(inside) <= LAYERS // 2:
+            cut = sum(other not in inside for k in inside for other in GRAPH.neighbours[k])
+            least = min(least, cut / (DEGREE * len(inside)))
+    assert least > 0.31
 
 
 @given(seed=st.integers(0, 10_000), share=st.floats(0.1, 1.0))
@@ -57,113 +82,114 @@ def test_edges_are_those_that_both_ends_name_and_components_those_of_a_search(
 ) -> None:
     g = torch.Generator().manual_seed(seed)
     # few cells are named, so that many edges are mutual
-    named = torch.randint(0, 3, (DEGREE, VERTICES), generator=g, dtype=torch.uint8)
-    is_heavy = torch.rand(VERTICES, generator=g) < share
-    target, is_edge = mutual_edges(named[None], is_heavy[None], GRAPH, CELLS)
-    edges = edges_by_hand(named, is_heavy)
-    assert adjacency(target[0], is_edge[0]) == edges
-    label = component_labels(target, is_edge, is_heavy[None])[0]
-    expected = [VERTICES] * VERTICES
+    named = torch.randint(0, 3, (VERTICES, DEGREE), generator=g)
+    word = NAMED | (named << (3 * torch.arange(DEGREE))).sum(dim=-1)
+    word = torch.where(torch.rand(VERTICES, generator=g) < share, word, 0)
+    edges = mutual_edges(word[None])
+    expected = edges_by_hand(word.tolist())
+    assert pairs(edges) == expected
+    members = components(word[None], edges)[0].tolist()
     for vertex in range(VERTICES):
-        if not is_heavy[vertex] or expected[vertex] < VERTICES:
-            continue
-        queue = [vertex]
-        while queue:
-            here = queue.pop()
-            if expected[here] == VERTICES:
-                expected[here] = vertex
-                queue += [b for a, b in edges if a == here]
-    assert label.tolist() == expected
+        # what is reached in seven steps
+        reached = {vertex} if word[vertex] > 0 else set()
+        for _ in range(7):
+            reached |= {b for a, b in expected if a in reached}
+        assert vertices(members[vertex]) == reached
+
+
+@given(st.lists(st.integers(0, 63), max_size=20))
+def test_layers_and_twins_of_a_set(held: list[int]) -> None:
+    members = sum(1 << vertex for vertex in set(held))
+    signed = torch.tensor(members - (1 << 64) if members >> 63 else members)
+    layers = [vertex // CELLS for vertex in set(held)]
+    assert num_layers(signed) == len(set(layers))
+    assert bool(has_twins(signed)) == (len(set(layers)) < len(layers))
 
 
 @given(seed=st.integers(0, 10_000))
-def test_a_cluster_spells_its_row_with_noise_around_it(seed: int) -> None:
+def test_a_row_is_a_cluster_with_noise_around_it(seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
-    cells = torch.randint(0, CELLS, (LAYERS,), generator=g).tolist()
-    named, is_heavy = named_by([cells], seed)
-    # every other vertex is noise that names anything; it joins no cluster, which names it not
-    symbol = torch.randint(0, 16, (1, VERTICES), generator=g)
-    target, is_edge = mutual_edges(named[None], torch.ones_like(is_heavy)[None], GRAPH, CELLS)
-    label = component_labels(target, is_edge, torch.ones_like(is_heavy)[None])
-    place = [layer * CELLS + cell for layer, cell in enumerate(cells)]
-    assert (label[0, place] == cells[0]).all()
-    assert (label[0] == cells[0]).sum() == LAYERS
-    words = cluster_words(label, symbol, num_layers=LAYERS, num_slots=4, least=4)
-    slot = (words.root[0] == cells[0]).nonzero().item()
-    assert words.symbol[0, slot].tolist() == symbol[0, place].tolist()
-    assert not words.is_missing[0, slot].any()
+    row = torch.randint(0, CELLS, (LAYERS,), generator=g).tolist()
+    word = named_by([row], seed)[None]
+    members = components(word, mutual_edges(word))[0]
+    own = {layer * CELLS + cell for layer, cell in enumerate(row)}
+    # its names are taken: no other vertex can be joined to it
+    assert all(vertices(int(members[vertex])) == own for vertex in own)
 
 
-def joined(seed: int, num_shared: int) -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
-    """Two rows that meet in some layers, whose names there are a mixture of both."""
+def joined(seed: int) -> tuple[torch.Tensor, list[list[int]]]:
+    """Two rows that meet in two layers, whose names there are a mixture of both."""
     g = torch.Generator().manual_seed(seed)
     first = torch.randint(0, CELLS, (LAYERS,), generator=g)
     second = (first + torch.randint(1, CELLS, (LAYERS,), generator=g)) % CELLS
-    shared = torch.randperm(LAYERS, generator=g)[:num_shared]
+    shared = torch.randperm(LAYERS, generator=g)[:2]
     second[shared] = first[shared]
-    cells = [first.tolist(), second.tolist()]
-    named, is_heavy = named_by(cells, seed)
+    rows = [first.tolist(), second.tolist()]
+    word = torch.zeros(VERTICES, dtype=torch.int64)
+    for row in rows:
+        word = torch.where(word > 0, word, named_by([row], 0) * _own(row))
     for layer in shared.tolist():
+        name = NAMED
         for place, other in enumerate(GRAPH.neighbours[layer]):
             which = int(torch.randint(0, 2, (), generator=g))
-            named[place, layer * CELLS + cells[0][layer]] = cells[which][other]
-    return named, is_heavy, cells
+            name |= rows[which][other] << (3 * place)
+        word[layer * CELLS + rows[0][layer]] = name
+    return word, rows
+
+
+def _own(row: list[int]) -> torch.Tensor:
+    """1 for the vertices of a row, 0 for others."""
+    found = torch.zeros(VERTICES, dtype=torch.int64)
+    found[[layer * CELLS + cell for layer, cell in enumerate(row)]] = 1
+    return found
 
 
 def test_clusters_that_meet_in_two_layers_are_parted() -> None:
-    """Fixed seeds: of 200 pairs 3 in 4 are joined; at least 90 % of these are parted.
+    """Fixed seeds: of 200 pairs more than half are joined; nearly all of these are parted.
 
-    Parted: of the six vertices that a row has to itself, at least four carry one label, and another
+    Parted: of the six vertices that a row has to itself, at least four are in one set, and another
     one than those of the other row. A vertex that both rows share may go to either.
     """
-    pairs = [joined(seed, 2) for seed in range(200)]
-    named = torch.stack([pair[0] for pair in pairs])
-    is_heavy = torch.stack([pair[1] for pair in pairs])
-    target, is_edge = mutual_edges(named, is_heavy, GRAPH, CELLS)
-    label = component_labels(target, is_edge, is_heavy)
-    needs = is_ambiguous(label, num_layers=LAYERS, least=4).any(dim=-1)
+    made = [joined(seed) for seed in range(200)]
+    word = torch.stack([one[0] for one in made])
+    edges = mutual_edges(word)
+    members = components(word, edges)
+    needs = has_twins(members).any(dim=-1)
     assert needs.sum() > 100
-    parted = parted_labels(target, is_edge, label, num_layers=LAYERS, least=4)
+    after = parted(word, edges, members, 4)
     good = 0
     for graph in needs.nonzero().flatten().tolist():
         own = []
-        first, second = pairs[graph][2]
+        first, second = made[graph][1]
         for row in (first, second):
             private = [k * CELLS + row[k] for k in range(LAYERS) if first[k] != second[k]]
-            own.append(parted[graph, private].mode().values)
-            count = (parted[graph, private] == own[-1]).sum()
-            if count < 4:
+            mode = after[graph, private].mode().values
+            if (after[graph, private] == mode).sum() < 4:
                 break
-        else:
-            good += int(own[0] != own[1])
+            own.append(int(mode))
+        good += len(own) == 2 and own[0] != own[1]
     assert good >= 0.9 * int(needs.sum())
 
 
-def test_a_whole_copy_of_the_expander_is_never_cut() -> None:
-    g = torch.Generator().manual_seed(0)
-    cells = torch.randint(0, CELLS, (50, LAYERS), generator=g).tolist()
-    named, is_heavy = (torch.stack(x) for x in zip(*(named_by([row], 1) for row in cells),
-                                                   strict=True))  # fmt: skip
-    target, is_edge = mutual_edges(named, is_heavy, GRAPH, CELLS)
-    label = component_labels(target, is_edge, is_heavy)
-    assert not is_ambiguous(label, num_layers=LAYERS, least=4).any()
-    parted = parted_labels(target, is_edge, label, num_layers=LAYERS, least=4)
-    assert torch.equal(parted, label)
+@pytest.mark.parametrize("num_missing", [0, 1, 2])
+def test_what_has_one_vertex_a_layer_is_never_cut(num_missing: int) -> None:
+    g = torch.Generator().manual_seed(num_missing)
+    rows = torch.randint(0, CELLS, (50, LAYERS), generator=g).tolist()
+    word = torch.stack([named_by([row], 1) * _own(row) for row in rows])
+    for layer in range(num_missing):
+        word[:, layer * CELLS : (layer + 1) * CELLS] = 0
+    edges = mutual_edges(word)
+    members = components(word, edges)
+    assert not has_twins(members).any()
+    assert torch.equal(parted(word, edges, members, 4), members)
 
 
-def test_two_vertices_of_a_layer_leave_its_symbol_open() -> None:
-    label = torch.full((1, VERTICES), VERTICES)
-    place = [0, 8, 16, 24, 32, 33]
-    label[0, place] = 0
-    symbol = torch.arange(VERTICES)[None] % 16
-    words = cluster_words(label, symbol, num_layers=LAYERS, num_slots=2, least=4)
-    assert words.root[0].tolist() == [0, VERTICES]
-    assert words.is_missing[0, 0].tolist() == [False] * 4 + [True] * 4
-    assert words.symbol[0, 0].tolist() == [0, 8, 0, 8, 0, 0, 0, 0]
-
-
-def test_further_clusters_than_slots_are_left_out() -> None:
-    label = torch.arange(CELLS).repeat(LAYERS)[None]
-    words = cluster_words(label, label, num_layers=LAYERS, num_slots=3, least=4)
-    assert words.root[0].tolist() == [0, 1, 2]
-    assert (words.symbol[0] == torch.arange(3).unsqueeze(-1)).all()
+def test_graphs_are_cut_for_themselves() -> None:
+    made = torch.stack([joined(seed)[0] for seed in range(12)])
+    edges = mutual_edges(made)
+    whole = parted(made, edges, components(made, edges), 4)
+    for graph in range(12):
+        word = made[graph : graph + 1]
+        edges = mutual_edges(word)
+        alone = parted(word, edges, components(word, edges), 4)
+        assert torch.equal(alone[0], whole[graph])

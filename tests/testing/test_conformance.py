@@ -96,6 +96,24 @@ def test_failures_are_raised_in_one_report_or_collected() -> None:
         check_detector(wrong, on_fail="ignore")
 
 
+def test_one_exception_that_breaks_many_checks_is_reported_once() -> None:
+    with pytest.raises(ConformanceError) as caught:
+        check_detector(wrong_detectors.RaisesBeforeAnything())
+    first, *lines = str(caught.value).splitlines()
+    assert int(re.search(r"(\d+) of", first).group(1)) > 10  # type: ignore[union-attr]
+    assert len(lines) <= 4
+    assert "raised IndexError" in lines[0]
+    assert "wrong_detectors.py:" in lines[0]  # not torch's own file
+    assert lines[1].startswith("    so do ")
+    assert "heads_are_independent" in lines[1]
+
+
+def test_a_generator_made_from_the_given_one_and_one_of_a_seed_are_welcome() -> None:
+    only = ["generator_decides"]
+    check_detector(wrong_detectors.SeedsFromTheGenerator(), only=only)
+    check_detector(wrong_detectors.HasASeed(), only=only)
+
+
 def test_an_expected_failure_needs_a_reason_to_exist() -> None:
     wrong = wrong_detectors.ExceedsItsBudget()
     only = ["budget_is_kept", "spec_round_trip"]

@@ -114,6 +114,41 @@ class DrawsFromElsewhere(Honest):
 
 
 @dataclass(frozen=True, kw_only=True)
+class IgnoresTheGenerator(Honest):
+    """The same draws in every call, whatever it is given."""
+
+    def logits(self, query, key, scale):  # type: ignore[no-untyped-def]
+        own = torch.Generator().manual_seed(0)
+        return super().logits(query, key, scale) + torch.rand(key.shape[2], generator=own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedsFromTheGenerator(Honest):
+    """Right: its own generator begins with a draw of the one it is given."""
+
+    def chosen(self, logits, is_causal, generator):  # type: ignore[no-untyped-def]
+        seed = int(torch.randint(1 << 30, (), generator=generator))
+        own = torch.Generator().manual_seed(seed)
+        noise = torch.rand(logits.shape[3], generator=own)
+        return super().chosen(logits + noise, is_causal, generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HasASeed(IgnoresTheGenerator):
+    """Right: its draws are those of a parameter."""
+
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaisesBeforeAnything(Honest):
+    """Looks for a head that is not there, by a function of torch."""
+
+    def logits(self, query, key, scale):  # type: ignore[no-untyped-def]
+        return super().logits(torch.select(query, 1, query.shape[1]), key, scale)
+
+
+@dataclass(frozen=True, kw_only=True)
 class UsesUpGlobalDraws(Honest):
     """Moves torch's global generator, for nothing."""
 
@@ -339,6 +374,7 @@ CASES: dict[AbstractDetector, set[str]] = {
     ChangesItsKeys(): {"inputs_and_component_stay_as_they_are"},
     RemembersItsCalls(): {"inputs_and_component_stay_as_they_are"},
     DrawsFromElsewhere(): {"generator_decides"},
+    IgnoresTheGenerator(): {"generator_decides"},
     UsesUpGlobalDraws(): {"generator_decides"},
     MixesHeads(): {"heads_are_independent", GROUPS},
     MixesBatchItems(): {"batch_items_are_independent"},

@@ -97,6 +97,41 @@ class DrawsFromElsewhere(Honest):
 
 
 @dataclass(frozen=True, kw_only=True)
+class IgnoresTheGenerator(Honest):
+    """The same draws in every call, whatever it is given."""
+
+    def source(self, generator: Any) -> Any:
+        return torch.Generator().manual_seed(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ATenthTooMuch(Honest):
+    """Says that it is unbiased; what is left to estimate counts for more."""
+
+    is_unbiased = True
+
+    def row_sums(self, query, key, mask, **options):  # type: ignore[no-untyped-def]
+        return super().row_sums(query, key, mask, **options)
+
+    def moved(self, sums, query, key, mask, num):  # type: ignore[no-untyped-def]
+        return sums + 0.1 if is_estimated(mask, num) else sums
+
+
+@dataclass(frozen=True, kw_only=True)
+class ATenthTooLittle(ATenthTooMuch):
+    """The same, too small, but never below the masked part."""
+
+    is_unbiased = True
+
+    def row_sums(self, query, key, mask, **options):  # type: ignore[no-untyped-def]
+        return super().row_sums(query, key, mask, **options)
+
+    def moved(self, sums, query, key, mask, num):  # type: ignore[no-untyped-def]
+        held = Uniform().row_sums(query, key, mask, num_samples=0).log_sum
+        return torch.maximum(sums - 0.1, held) if is_estimated(mask, num) else sums
+
+
+@dataclass(frozen=True, kw_only=True)
 class LooksAtTheLastKey(Honest):
     """The last key moves all rows."""
 
@@ -181,6 +216,9 @@ CASES: dict[AbstractEstimator, set[str]] = {
     DropsTheOverlap(): {"every_key_sampled_is_exact"},
     IntegerSums(): {"row_sums_have_their_form"},
     DrawsFromElsewhere(): {"generator_decides"},
+    IgnoresTheGenerator(): {"generator_decides"},
+    ATenthTooMuch(): {"sums_are_right_on_average"},
+    ATenthTooLittle(): {"sums_are_right_on_average"},
     LooksAtTheLastKey(): {LATER_KEYS, LATER_QUERIES},
     LooksAtTheLastQuery(): {LATER_QUERIES},
     MixesBatchItems(): {SHARES},

@@ -39,7 +39,7 @@ def best(values: list[list[float]], weights: list[list[float]], capacity: float)
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=max(150, settings.default.max_examples))
 @given(tables())
 def test_fits_and_is_as_good_as_any_that_fits_a_slightly_smaller_capacity(
     problem: tuple[list[list[float]], list[list[float]], float],

@@ -29,7 +29,7 @@ def cost(whole: float, share: float = 1 / 3, heads: int = 3) -> Cost:
     return Cost(whole=whole, one=share * whole, num_key_heads=heads)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=max(60, settings.default.max_examples))
 @given(st.lists(st.tuples(LOSSES, COSTS), min_size=1, max_size=3), COSTS)
 def test_no_other_assignment_of_two_rungs_is_preferable_to_what_is_offered(
     rungs: list[tuple[list[float], tuple[float, float]]], exact: tuple[float, float]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .problem import (
     fail,
     generator,
     global_seed,
+    has_own_generator,
     inputs,
     same_bits,
     strided,
@@ -179,6 +181,10 @@ def check_generator_decides(detector: AbstractDetector) -> None:
             found = f"{int((masks[0] != masks[1]).sum())} entries that differ"
             remedy = "take all randomness from generator, none from Python, NumPy or the clock"
             fail(detector, "twice with the same seed", found, remedy)
+        ask = functools.partial(detector.find, x.query, x.key, is_causal=is_causal)
+        if has_own_generator(detector, lambda given, ask=ask: ask(generator=given)):  # type: ignore[misc]
+            remedy = "draw by the one that is given: heads, layers and steps draw anew by it"
+            fail(detector, "with a generator", "draws by another one alone", remedy)
     if detector.takes_stream:
         streams: list[Any] = [Stream(5), Stream(5)]
         first, again = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ...attention import HyperAttention
@@ -18,6 +20,7 @@ from .problem import (
     fail,
     generator,
     global_seed,
+    has_own_generator,
     inputs,
     same_bits,
     strided,
@@ -180,6 +183,10 @@ def check_generator_decides(estimator: AbstractEstimator) -> None:
         if not same_bits(*sums):
             remedy = "draw by hyperframe.randomness.uniform and normal with the generator"
             fail(estimator, f"twice with one seed, {is_causal=}", "two results", remedy)
+        ask = functools.partial(estimator.row_sums, x.query, x.key, mask, num_samples=12)
+        if has_own_generator(estimator, lambda given, ask=ask: ask(generator=given)):  # type: ignore[misc]
+            remedy = "draw by the one that is given: heads, layers and steps draw anew by it"
+            fail(estimator, "with a generator", "draws by another one alone", remedy)
 
 
 def check_inputs_and_component_stay_as_they_are(estimator: AbstractEstimator) -> None:

@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from ...component import AbstractComponent
 
@@ -29,6 +30,7 @@ __all__ = [
     "fail",
     "generator",
     "global_seed",
+    "has_own_generator",
     "inputs",
     "on_device",
     "same_bits",
@@ -110,6 +112,41 @@ def global_seed(seed: int) -> Iterator[Callable[[], bool]]:
 def _global_states() -> list[torch.Tensor]:
     states = [torch.random.get_rng_state()]
     return states + ([torch.cuda.get_rng_state(device())] if device().type == "cuda" else [])
+
+
+class _Draws(TorchFunctionMode):
+    """Sees the generators by which torch draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generators: list[torch.Generator] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call what is called, and keep the generator that it is given."""
+        found = (kwargs or {}).get("generator")
+        if isinstance(found, torch.Generator):
+            self.generators.append(found)
+        return func(*args, **(kwargs or {}))
+
+
+def has_own_generator(component: AbstractComponent, call: Callable[[torch.Generator], Any]) -> bool:
+    """Whether a call draws by a generator of its own, and never by the one it is given.
+
+    One that is made from draws of the given one is welcome, and so is one of a parameter `seed`.
+
+    Args:
+        component: what is called.
+        call: calls it with a generator.
+    """
+    given = generator(1)
+    before = given.get_state()
+    with _Draws() as draws:
+        call(given)
+    others = [found for found in draws.generators if found is not given]
+    is_ignored = bool(others) and torch.equal(given.get_state(), before)
+    return is_ignored and not hasattr(component, "seed")
 
 
 def inputs(

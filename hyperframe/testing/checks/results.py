@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import traceback
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...component import AbstractComponent
 
-__all__ = ["CheckResult", "ConformanceError", "as_expected", "report"]
+__all__ = ["CheckResult", "ConformanceError", "as_expected", "place_of", "report"]
 
 
 class ConformanceError(AssertionError):
@@ -53,11 +56,31 @@ def as_expected(result: CheckResult, reason: str | None) -> CheckResult:
     )  # fmt: skip
 
 
+def place_of(error: BaseException, component: AbstractComponent) -> str:
+    """Return "file:line" of an error: the last place in the component's own module, if any."""
+    frames = traceback.extract_tb(error.__traceback__)
+    module = sys.modules.get(type(component).__module__)
+    own = [frame for frame in frames if frame.filename == getattr(module, "__file__", None)]
+    frame = (own or frames)[-1]
+    return f"{frame.filename}:{frame.lineno}"
+
+
 def report(component: AbstractComponent, results: list[CheckResult]) -> str:
-    """Return what a person reads: how many checks of which outcome, and why some failed."""
+    """Return what a person reads: how many checks of which outcome, and why some failed.
+
+    One exception, but for its numbers, breaks many checks; it is said once, with their names.
+    """
     failed = [result for result in results if result.is_failure]
-    lines = [
-        f"{component!r} does not conform: {len(failed)} of {len(results)} checks failed.",
-        *(f"  {result.name}: {result.message}" for result in failed),
-    ]
+    causes: dict[Any, list[CheckResult]] = {}
+    for result in failed:
+        error = result.error
+        cause: Any = result.name
+        if error is not None and not isinstance(error, AssertionError):
+            cause = (type(error), re.sub(r"\d+", "", result.message))
+        causes.setdefault(cause, []).append(result)
+    lines = [f"{component!r} does not conform: {len(failed)} of {len(results)} checks failed."]
+    for first, *rest in causes.values():
+        lines.append(f"  {first.name}: {first.message}")
+        if rest:
+            lines.append(f"    so do {', '.join(result.name for result in rest)}")
     return "\n".join(lines)

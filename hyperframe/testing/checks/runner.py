@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 from typing import Any
@@ -18,12 +17,13 @@ from . import (
     detector_checks,
     detector_masks,
     estimator_checks,
+    estimator_statistics,
     sampler_checks,
     sampler_independence,
     sampler_statistics,
 )
 from .problem import CheckSkippedError, on_device, why_no_device
-from .results import CheckResult, ConformanceError, as_expected, report
+from .results import CheckResult, ConformanceError, as_expected, place_of, report
 
 __all__ = [
     "CHECKS",
@@ -56,7 +56,7 @@ CHECKS: dict[str, dict[str, Check]] = {
     "sampler": _checks_in(
         component_checks, sampler_checks, sampler_independence, sampler_statistics
     ),
-    "estimator": _checks_in(component_checks, estimator_checks),
+    "estimator": _checks_in(component_checks, estimator_checks, estimator_statistics),
 }
 """The checks of each kind by name, `check_` left out."""
 
@@ -114,9 +114,7 @@ def run_check(component: AbstractComponent, name: str) -> CheckResult:
     except AssertionError as error:
         status, message, caught = "failed", str(error), error
     except Exception as error:  # a check that breaks is a check that fails
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{frame.filename}:{frame.lineno}"
-        status, caught = "failed", error
+        status, caught, where = "failed", error, place_of(error, component)
         message = f"{component!r}: raised {type(error).__name__} at {where}: {error}"
     return CheckResult(
         name=name, component=repr(component), status=status, message=message,

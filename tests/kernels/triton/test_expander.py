@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+from hyperframe.kernels.ops import names as shapes
+from hyperframe.sketching import clusters
 from hyperframe.sketching.clusters import name_tables
 from hyperframe.sketching.codes import CellCode
 from hyperframe.sketching.expander_decoding import (
@@ -65,6 +67,13 @@ def rows_of_both(
     return found.cpu(), torch_rows(key, sketch, order, *rest)
 
 
+def test_kernels_and_operators_agree_on_sizes() -> None:
+    for name in ("LAYERS", "VERTICES", "NUM_OUTPUTS"):
+        assert getattr(kernels, name) == getattr(shapes, name)
+    for name in ("STEPS", "CUTS", "ITERATIONS", "LARGEST", "MOST"):
+        assert getattr(cluster_kernels, name).value == getattr(clusters, name)
+
+
 @pytest.mark.parametrize(
     "num_rows, tau, heads, dim", [(1, 1, 1, 3), (150, 2, 2, 16), (90, 9, 1, 40)]
 )
@@ -97,7 +106,7 @@ def test_names_and_how_many_layers_hold_one() -> None:
 
 @pytest.mark.parametrize(
     "num_rows, tau, heads, columns, capacity",
-    [(300, 2.0, 2, 9, 12), (70, 1.0, 1, 5, 1), (9_000, 1.0, 1, 3, 7), (1, 1.0, 1, 2, 1)],
+    [(300, 2.0, 2, 4, 12), (70, 1.0, 1, 5, 1), (9_000, 1.0, 1, 3, 7), (1, 1.0, 1, 2, 1)],
 )
 def test_rows_are_those_of_torch_in_the_same_order(
     num_rows: int, tau: float, heads: int, columns: int, capacity: int
@@ -115,7 +124,7 @@ def test_rows_are_those_of_torch_in_the_same_order(
 @pytest.mark.parametrize("spectral", [False, True])
 def test_joined_clusters_are_cut_alike(spectral: bool) -> None:
     """Vertices that say what pairs of words say, which meet in two layers, and mixtures there."""
-    g, code, count = generator(1), CellCode(message=4), 12
+    g, code, count = generator(1), CellCode(message=4), 7
     cells = torch.from_numpy(code.cells(4096))
     meets = ((cells == 0).sum(dim=-1) == 2).nonzero().squeeze(-1)
     sketch = torch.zeros(1, 1, 13, 64, count)

@@ -311,7 +311,7 @@ def assert_lists(
     return count
 
 
-@settings(max_examples=6)
+@settings(max_examples=max(6, settings.default.max_examples // 8))
 @given(
     num_rows=st.integers(1, 90), num_keys=st.integers(1, 20), slots=st.integers(1, 5),
     tile_size=st.sampled_from([1, 3, 16, 64]), longest=st.integers(1, 12), is_causal=st.booleans(),
