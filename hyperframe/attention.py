@@ -14,7 +14,7 @@ import torch
 from . import detectors, estimators, samplers
 from .assembly import no_columns
 from .component import AbstractComponent, check_bool, check_choice, check_non_negative_int
-from .detectors.auto import PRESETS
+from .detectors.auto import spec_of_preset
 from .errors import ArgumentError, ArgumentTypeError, SpecError, UnsupportedError, did_you_mean
 from .kernels import resolve_backend
 from .kernels.backends import BACKENDS
@@ -134,10 +134,7 @@ class HyperAttention:
 
     def __post_init__(self) -> None:
         """Create the components and check the parameters."""
-        chosen = self.detector
-        if isinstance(chosen, str) and chosen.strip() in PRESETS:
-            chosen = f"auto(preset={chosen.strip()!r})"
-        object.__setattr__(self, "detector", detectors.create(chosen))
+        object.__setattr__(self, "detector", detectors.create(spec_of_preset(self.detector)))
         # no field: whether the sampler has to change with the detector
         is_auto = isinstance(self.sampler, str) and self.sampler.strip() == "auto"
         object.__setattr__(self, "_goes_with_detector", is_auto)

@@ -13,7 +13,7 @@ from ..component import check_choice
 from ..masks import HeavyMask
 from .base import AbstractDetector
 
-__all__ = ["PRESETS", "Auto", "Preset"]
+__all__ = ["PRESETS", "Auto", "Preset", "spec_of_preset"]
 
 
 class Preset(NamedTuple):
@@ -94,6 +94,18 @@ PRESETS = {
     ),
 }  # fmt: skip
 """What each preset holds; see docs/how-to-choose.md for what that costs and gives."""
+
+
+def spec_of_preset(detector: Any) -> Any:
+    """Return the spec that the name of a preset stands for, and anything else as it is.
+
+    Example:
+        >>> spec_of_preset("fast"), spec_of_preset("quest")
+        ("auto(preset='fast')", 'quest')
+    """
+    if isinstance(detector, str) and detector.strip() in PRESETS:
+        return f"auto(preset={detector.strip()!r})"
+    return detector
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from hyperframe.benchmarking.frontier import (
     with_budget,
 )
 from hyperframe.benchmarking.frontier.budgets import LEFT_OUT, with_tile_size
+from hyperframe.benchmarking.frontier.configurations import Configuration, configurations
 from hyperframe.detectors import AbstractDetector
 from hyperframe.errors import ArgumentError, ArgumentTypeError
 from hyperframe.testing.oracles import causal_mask
@@ -60,6 +61,16 @@ def test_every_registered_detector_is_measured_or_left_out_for_a_reason() -> Non
     builtin = {entry.name for entry in detectors.entries() if entry.origin == "builtin"}
     for name in builtin - set(LEFT_OUT):
         assert has_budget(detectors.create(name)), f"{name} has no rule in BUDGET_RULES"
+
+
+def test_presets_go_by_their_names() -> None:
+    base = Configuration(detector="none", budget=None, sampler="uniform")
+    found = configurations(
+        base, names=["fast", "quest"], chosen_samplers=["uniform"], budgets=[128]
+    )
+    assert [(one.detector, one.budget) for one in found] == [
+        ("auto(preset='fast')", None), ("quest", 128),
+    ]  # fmt: skip
 
 
 def test_own_rule_goes_first() -> None:

@@ -46,6 +46,25 @@ again, length = Frame.parse_frame_header(memoryview(frame.serialize()[:9]))
 assert (type(again), length) == (DataFrame, 5)
 """
 ROOT_IMPORT = "import hyperframe; hyperframe.HyperAttention"
+# torch takes most of the time of a process; it is imported once, and the process copied
+EACH_ALONE = """
+import os, sys, traceback, warnings
+import torch
+assert "hyperframe" not in sys.modules
+for code in sys.argv[1:]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer Pythons warn of threads; torch's have nothing to do
+        child = os.fork()
+    if not child:
+        try:
+            exec(code, {})
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"failed: {code}")
+"""
 
 
 def run(*command: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -106,8 +125,9 @@ class Environment:
     def uninstall(self, name: str) -> None:
         self._pip("uninstall", "--yes", name)
 
-    def runs(self, code: str) -> None:
-        must(self.python, "-W", "error", "-c", code, cwd=self.folder)
+    def runs(self, *codes: str) -> None:
+        """Run each piece of code in a process that has imported torch, and nothing of ours."""
+        must(self.python, "-W", "error", "-c", EACH_ALONE, *codes, cwd=self.folder)
 
     def fails(self, code: str) -> str:
         done = run(self.python, "-c", code, cwd=self.folder)
@@ -168,8 +188,7 @@ def test_ours_last_owns_the_name(
 ) -> None:
     environment.install(their_wheel)
     environment.install(our_wheel)
-    for code in (FACADE, SUBMODULE, ROOT_IMPORT, FRAMES):
-        environment.runs(code)
+    environment.runs(FACADE, SUBMODULE, ROOT_IMPORT, FRAMES)
     report = environment.doctor()
     assert report["exit_code"] == 0
     assert report["init_owner"] == "hyperframe-attention"
@@ -179,8 +198,7 @@ def test_ours_last_owns_the_name(
     # pip takes the shared __init__.py with it: what is left is a namespace package
     environment.uninstall("hyperframe")
     assert not (environment.package / "__init__.py").exists()
-    for code in (FACADE, SUBMODULE):
-        environment.runs(code)
+    environment.runs(FACADE, SUBMODULE)
     report = environment.doctor()
     assert report["exit_code"] == 1
     assert report["init_file"] is None
@@ -196,8 +214,7 @@ def test_theirs_last_leaves_our_submodules_working(
 ) -> None:
     environment.install(our_wheel)
     environment.install(their_wheel)
-    for code in (FACADE, SUBMODULE, FRAMES):
-        environment.runs(code)
+    environment.runs(FACADE, SUBMODULE, FRAMES)
     assert "HyperAttention" in environment.fails(ROOT_IMPORT)
     report = environment.doctor()
     assert report["exit_code"] == 1
@@ -220,8 +237,7 @@ def test_repair_gives_the_name_back_and_keeps_the_neighbour(
     environment.install(our_wheel)
     environment.install(their_wheel)
     environment.install(our_wheel)
-    for code in (FACADE, ROOT_IMPORT, FRAMES):
-        environment.runs(code)
+    environment.runs(FACADE, ROOT_IMPORT, FRAMES)
     assert environment.doctor()["exit_code"] == 0
 
 

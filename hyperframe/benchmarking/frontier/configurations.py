@@ -15,6 +15,7 @@ from ...component import (
     check_positive_int,
 )
 from ...detectors import AbstractDetector
+from ...detectors.auto import spec_of_preset
 from ...errors import ArgumentError, SpecError, UnknownComponentError
 from .budgets import LEFT_OUT, has_budget, with_budget, with_tile_size
 from .oracle import TileOracle
@@ -155,7 +156,7 @@ def configurations(
 
     Args:
         base: everything else.
-        names: names or spec strings; None takes `default_detectors()`.
+        names: names, spec strings or presets; None takes `default_detectors()`.
         chosen_samplers: names or spec strings.
         budgets: keys.
         oracle: whether the tile oracles that the others are compared with come first.
@@ -167,7 +168,8 @@ def configurations(
     for sampler in chosen_samplers:
         samplers.create(sampler)
     found: dict[Configuration, None] = {}
-    for name in dict.fromkeys(default_detectors() if names is None else names):
+    chosen = default_detectors() if names is None else map(spec_of_preset, names)
+    for name in dict.fromkeys(chosen):
         for budget in budgets if _takes_budget(name, is_named=names is not None) else (None,):
             for sampler in dict.fromkeys(chosen_samplers):
                 found[dataclasses.replace(base, detector=name, budget=budget, sampler=sampler)] = (
