@@ -251,6 +251,21 @@ def test_every_public_module_is_in_the_api_reference(monkeypatch: pytest.MonkeyP
     assert set(listed) == public - places
 
 
+def test_a_constant_that_is_a_table_is_shown_without_its_value(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sphinx import addnodes
+
+    extension = _extension(monkeypatch, "docstrings")
+    for value, is_kept in (("= 300", True), (f"= {list(range(300))}", False)):
+        signature = addnodes.desc_signature("", "", addnodes.desc_name("", "TABLE"))
+        signature += [addnodes.desc_annotation("", ": list"), addnodes.desc_annotation("", value)]
+        content = addnodes.desc_content()
+        addnodes.desc("", signature, content)
+        extension._without_tables(None, "py", "data", content)
+        assert signature.astext().endswith(value if is_kept else ": list")
+
+
 def test_docstrings_are_made_ready_for_the_site(monkeypatch: pytest.MonkeyPatch) -> None:
     adapted = _extension(monkeypatch, "docstrings").adapted
     assert adapted(["Cost: O(n). Random. Source: a paper."]) == [

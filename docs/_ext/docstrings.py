@@ -12,6 +12,8 @@ import re
 import sys
 from typing import Any
 
+from docutils import nodes
+from sphinx import addnodes
 from sphinx.application import Sphinx
 
 # sections of one paragraph: what it costs, and where it is from
@@ -20,6 +22,8 @@ _LABEL = re.compile(rf"^(\s*)({'|'.join(LABELS)}):(?= |$)")
 _WITHIN = re.compile(rf"(?<=[.)]) ({'|'.join(LABELS)}): ")
 _PROMPT = re.compile(r"\s*(>>>|\.\.\.)( |$)")
 _VALUES = ("attribute", "data", "property")
+# in letters: some lines of the page
+LONGEST_VALUE = 300
 
 
 def adapted(lines: list[str]) -> list[str]:
@@ -131,10 +135,20 @@ def _private(app: Sphinx, env: Any, node: Any, contnode: Any) -> Any:
     return contnode if module.startswith("hyperframe") and not is_offered else None
 
 
+def _without_tables(app: Sphinx, domain: str, kind: str, content: nodes.Element) -> None:
+    """Leave out the value of a constant that is a table: its docstring says what it holds."""
+    description: Any = content.parent
+    for part in list(description.findall(addnodes.desc_annotation)):
+        text = part.astext().strip()
+        if text.startswith("=") and len(text) > LONGEST_VALUE:
+            part.parent.remove(part)
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-signature", _signature)
     app.connect("autodoc-skip-member", _skip)
     app.connect("missing-reference", _private)
+    app.connect("object-description-transform", _without_tables)
     # around napoleon, which makes fields of the sections that it knows
     app.connect("autodoc-process-docstring", _before, priority=400)
     app.connect("autodoc-process-docstring", _after, priority=600)

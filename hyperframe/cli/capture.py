@@ -12,7 +12,7 @@ from ..component import check_choice
 from ..errors import ArgumentError
 from .codes import ExitCode
 from .output import echo_json
-from .parsing import device_of, integers
+from .parsing import check_out, device_of, integers
 
 __all__ = ["EXAMPLES", "capture"]
 
@@ -70,6 +70,7 @@ def capture(
     if layers.strip()[:1].isdigit() or layers.strip()[:1] == "-":
         wanted = integers("--layers", layers) or ()
     content = None if text is None else _read(text)
+    check_out(out)
     from ..integrations import capture as library
     from ..integrations.capture_model import capture_model, summary
 
@@ -79,7 +80,6 @@ def capture(
             is_causal=causal, gguf=gguf, device=where, dtype=_DTYPES[dtype], seed=seed,
         )  # fmt: skip
         about["input"] = str(image) if text is None else text.name
-        out.parent.mkdir(parents=True, exist_ok=True)
         beside = out.with_name(out.name + ".part")  # a file that is there is a whole one
         library.save(beside, found, about=about)
         beside.replace(out)

@@ -13,7 +13,7 @@ from ..component import check_choice
 from ..errors import ArgumentError
 from .codes import ExitCode
 from .output import echo_json
-from .parsing import device_of
+from .parsing import check_out, device_of
 from .progress import shown_progress
 
 __all__ = ["EXAMPLES", "tune"]
@@ -96,6 +96,7 @@ def tune(
     )  # fmt: skip
     if not text:
         raise ArgumentError("--text: name a file to calibrate on, of the kind that will be read")
+    check_out(out)
     try:
         found = _tuned(
             model, text, held_out or [], settings, gguf=gguf, device=where, dtype=_DTYPES[dtype],
@@ -133,7 +134,6 @@ def _tuned(
         for number, (name, windows) in enumerate(others.items()):
             progress(number, len(others), f"held out: {name}")
             increases[name] = increase_on(language, tuned.policy, windows)
-    out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(out.name + ".part")  # a file that is there is a whole one
     tuned.policy.save(beside)
     beside.replace(out)

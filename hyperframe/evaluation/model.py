@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, HyperframeError, UnsupportedError
-from ..integrations._capture_inputs import _reading, kind_of, load_config
+from ..integrations._capture_inputs import kind_of, load_config, reading
 from ..integrations._transformers_layers import attention_layers
 from ..integrations._transformers_masks import transformers_library
 
@@ -209,7 +209,7 @@ def load_language_model(
         if kind_of(config) != "text":
             raise UnsupportedError(f"{name}: {type(config).__name__} reads images, not text")
         # the conversion of a GGUF file draws a bar of its own
-        with _reading(folder), contextlib.redirect_stderr(io.StringIO()):
+        with reading(folder), contextlib.redirect_stderr(io.StringIO()):
             tokenizer = transformers_library.AutoTokenizer.from_pretrained(folder, **options)
             model = transformers_library.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, **options

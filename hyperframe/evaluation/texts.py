@@ -75,7 +75,7 @@ def read_text(path: Path | str, model: LanguageModel, *, enough: int) -> Text:
         enough: tokens after which the rest need not be read.
 
     Raises:
-        ArgumentError: it cannot be read.
+        ArgumentError: it cannot be read, or holds no text.
     """
     path = Path(path)
     content = _bytes(path)
@@ -88,6 +88,8 @@ def read_text(path: Path | str, model: LanguageModel, *, enough: int) -> Text:
         documents.append(tokens)
         if sum(map(len, documents)) > 4 * enough and max(map(len, documents)) >= enough:
             break
+    if not any(len(document) > 1 for document in documents):  # nothing could be predicted
+        raise ArgumentError(f"--text {path}: has no text in it, or one token; name another file")
     return Text(name=path.name, content=content, documents=documents)
 
 

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, MissingDependencyError, UnsupportedError
 from ._transformers_masks import transformers_library
 
-__all__ = ["RANDOM", "image_inputs", "kind_of", "load_config", "load_model", "text_inputs"]
+__all__ = [
+    "RANDOM",
+    "image_inputs",
+    "kind_of",
+    "load_config",
+    "load_model",
+    "reading",
+    "text_inputs",
+]
 
 RANDOM = "random"
 """What is asked for instead of an image file: pixels drawn from a seed."""
@@ -38,7 +46,7 @@ def load_config(model: str, *, gguf: str | None = None) -> Any:
         raise ArgumentError(f"{model}: there is no such folder; save_pretrained makes one")
     if gguf is not None and folder.is_dir() and not (folder / gguf).is_file():
         raise ArgumentError(f"--gguf {gguf}: there is no such file in {model}")
-    with _reading(model):
+    with reading(model):
         return transformers_library.AutoConfig.from_pretrained(model, **_file(gguf))
 
 
@@ -85,7 +93,7 @@ def load_model(
     """
     # a GGUF file is read as the causal model that it is
     kind = "AutoModel" if gguf is None else "AutoModelForCausalLM"
-    with _reading(model):
+    with reading(model):
         found = getattr(transformers_library, kind).from_pretrained(
             model, dtype=dtype, **_file(gguf)
         )
@@ -116,7 +124,7 @@ def text_inputs(
             f"--length {length}: {type(config).__name__} has {positions} positions; ask for at "
             f"most {positions}"
         )
-    with _reading(model):
+    with reading(model):
         tokenizer = transformers_library.AutoTokenizer.from_pretrained(model, **_file(gguf))
     wanted = min(_LONGEST, positions) if length is None else length
     tokens = tokenizer(text, truncation=True, max_length=wanted, return_tensors="pt").input_ids
@@ -160,7 +168,7 @@ def image_inputs(model: str, config: Any, image: str, *, seed: int) -> dict[str,
             pixels = file.convert("RGB")
     except (FileNotFoundError, IsADirectoryError, UnidentifiedImageError) as error:
         raise ArgumentError(f"--image {image}: is no image file; pass one, or {RANDOM}") from error
-    with _reading(model):
+    with reading(model):
         processor = transformers_library.AutoImageProcessor.from_pretrained(model)
     return {"pixel_values": processor(images=pixels, return_tensors="pt").pixel_values}
 
@@ -170,7 +178,7 @@ def _file(gguf: str | None) -> dict[str, str]:
 
 
 @contextmanager
-def _reading(model: str) -> Iterator[None]:
+def reading(model: str) -> Iterator[None]:
     """Keep transformers quiet, and say in one line what it cannot read."""
     logging = transformers_library.utils.logging
     verbosity, is_drawn = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ._exact import dense_attention, exact_attention
 from ._transformers_layers import window_of
 from ._transformers_refusals import cut_to_mask, refuse_arguments, refuse_patterns
 from ._transformers_routes import (
@@ -28,6 +27,7 @@ from ._transformers_routes import (
     source,
 )
 from ._transformers_rows import RowGroup, packed_rows, within_pieces
+from .exact import dense_attention, exact_attention
 
 __all__ = ["hyperframe_attention"]
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..attention import HyperAttention, check_options
 from ..errors import ArgumentError, ArgumentTypeError, SpecError, UnsupportedError
-from ._exact import exact_attention
 from ._selectors import Selector, choose_layers
 from ._transformers_layers import key_heads, layer_names
 from ._transformers_routes import HeadPart
+from .exact import exact_attention
 from .policy import Policy, Rule, options_of
 
 __all__ = ["by_options", "by_policy", "refuse_both"]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, UnsupportedError
 from ..validation import check_inputs
-from ._exact import exact_attention
+from .exact import exact_attention
 from .transformers import AttentionCall, apply
 
 __all__ = ["CapturedHeads", "capture", "load", "load_about", "save"]

@@ -236,7 +236,7 @@ class Policy:
                 and the place.
         """
         file = _file(path)
-        made_by = "Policy.save or hyperframe.integrations.transformers.save_policy make one"
+        made_by = "hyperframe tune, Policy.save and transformers.save_policy make one"
         return cls.from_dict(read_json(file, missing=made_by), source=str(file))
 
 

@@ -9,7 +9,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from ..integrations._exact import exact_attention
+from ..integrations.exact import exact_attention
 from ..trace import tracing
 from .rungs import Rung
 from .sensitivity import Damage, clock

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, UnsupportedError
-from ..integrations._exact import exact_attention
+from ..integrations.exact import exact_attention
 from ..integrations.transformers import AttentionCall, apply
 
 __all__ = ["Gradients", "loss_gradients"]

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..integrations._exact import exact_attention
+from ..integrations.exact import exact_attention
 from ..integrations.transformers import apply
 from ..randomness import fold_in
 from .gradients import Gradients

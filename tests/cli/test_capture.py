@@ -18,7 +18,6 @@ from transformers import (
     CLIPConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
     T5Config,
@@ -34,23 +33,13 @@ from hyperframe.integrations import capture_model as library
 from hyperframe.integrations._capture_inputs import kind_of
 from hyperframe.integrations.capture import capture, load, load_about
 from hyperframe_attention.__main__ import main as program
+from tests.cli.word_tokenizer import save_word_tokenizer
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
 }  # fmt: skip
 WORDS = [f"w{number}" for number in range(60)]
 TEXT = " ".join(WORDS)
-
-
-def save_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-
-    words = {word: number for number, word in enumerate(["[UNK]", *WORDS])}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     t5 = T5Config(vocab_size=70, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     T5Model(t5).save_pretrained(found / "t5")
     for name in ("llama", "bert", "roberta", "t5"):
-        save_tokenizer(found / name)
+        save_word_tokenizer(WORDS, found / name)
     (found / "text.txt").write_text(TEXT, encoding="utf-8")
     (found / "short.txt").write_text("w1 w2 w3", encoding="utf-8")
     (found / "empty.txt").write_text("", encoding="utf-8")

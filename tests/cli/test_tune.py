@@ -21,6 +21,7 @@ from hyperframe.cli.app import app
 from hyperframe.integrations.policy import Policy
 from hyperframe.integrations.transformers import apply
 from hyperframe_attention.__main__ import main as program
+from tests.cli.word_tokenizer import save_word_tokenizer
 
 WORDS = [f"w{number}" for number in range(60)]
 WINDOW = "sliding_window(width=16, num_sinks=0); num_samples=16"
@@ -28,18 +29,6 @@ SIZES: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
     "vocab_size": 61, "max_position_embeddings": 200,
 }  # fmt: skip
-
-
-def save_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: number for number, word in enumerate(["[UNK]", *WORDS])}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(found / "llama")
     BertModel(BertConfig(**SIZES)).save_pretrained(found / "bert")
     for name in ("llama", "bert"):
-        save_tokenizer(found / name)
+        save_word_tokenizer(WORDS, found / name)
     words = random.Random(0)
     for name, length in (("text", 500), ("other", 300), ("short", 200)):
         text = " ".join(words.choice(WORDS) for _ in range(length))

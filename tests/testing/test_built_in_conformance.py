@@ -62,6 +62,7 @@ SMALL_SAMPLERS: dict[str, list[str]] = {
     "importance": ["importance(tile_size=4, num_queries=5)"],
     "kde": ["kde(num_queries=5)"],
     "row_norm": ["row_norm", "row_norm(replacement=False)"],
+    "stratified": ["stratified", "stratified(strata='detector')"],
     "uniform": ["uniform", "uniform(replacement=False)"],
 }
 SMALL_ESTIMATORS: dict[str, list[str]] = {
@@ -87,7 +88,7 @@ def expected(component: AbstractComponent) -> Mapping[str, str]:
 def marks(component: AbstractComponent, name: str) -> Any:
     if name == GRAPH:  # together half of the time
         return pytest.mark.slow
-    is_statistical = name.startswith(("weights_", "sums_are_right"))
+    is_statistical = name.startswith(("weights_", "sums_are_right", "draws_beside"))
     return pytest.mark.statistical if is_statistical else None
 
 

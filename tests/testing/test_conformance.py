@@ -96,6 +96,21 @@ def test_failures_are_raised_in_one_report_or_collected() -> None:
         check_detector(wrong, on_fail="ignore")
 
 
+def test_who_sums_otherwise_does_not_inherit_the_claim_of_no_bias() -> None:
+    right = wrong_estimators.ATenthTooMuch
+
+    class Same(right):  # type: ignore[misc, valid-type]
+        """The row sums of its parent."""
+
+    class Other(right):  # type: ignore[misc, valid-type]
+        """Row sums of its own."""
+
+        def row_sums(self, *arguments: Any, **options: Any) -> Any:
+            return super().row_sums(*arguments, **options)
+
+    assert (right.is_unbiased, Same.is_unbiased, Other.is_unbiased) == (True, True, False)
+
+
 def test_one_exception_that_breaks_many_checks_is_reported_once() -> None:
     with pytest.raises(ConformanceError) as caught:
         check_detector(wrong_detectors.RaisesBeforeAnything())

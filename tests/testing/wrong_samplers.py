@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from hyperframe.randomness import uniform
 from hyperframe.samplers.base import AbstractSampler
+from hyperframe.samples import KeySample
 from tests.testing.wrong_detectors import rounded_in_place
 
 INF = float("inf")
@@ -224,7 +226,48 @@ class CannotBeCompiled(ByNorm):
         return norm if norm.sum().item() > 0 else norm + 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class ForAllBesideAMask(ByNorm):
+    """Draws the keys that no mask holds whole, and weighs as if they were all keys."""
+
+    takes_stream = True
+
+    def draws_for(self, mask, query, key, value, *, num_samples, generator=None):  # type: ignore[no-untyped-def]
+        draw = self.draws(query, key, value, num_samples=num_samples, generator=generator)
+        if draw is None or mask.is_causal or num_samples >= key.shape[2]:
+            return draw
+        held = mask.to_dense().all(dim=2).unflatten(1, (key.shape[1], -1)).all(dim=2)
+        rest, order = (~held).sum(dim=-1, keepdim=True), held.long().argsort(dim=-1, stable=True)
+
+        def of_rest(prefixes: Any) -> KeySample:
+            place = uniform((*key.shape[:2], num_samples), key.device, generator)
+            index = order.gather(-1, (place * rest).long())
+            weight = torch.full(index.shape, math.log(key.shape[2] / num_samples))
+            return KeySample(index=index, log_weight=weight)
+
+        return of_rest
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotAllBesideAMask(ByNorm):
+    """Right on average, but never all keys."""
+
+    takes_stream = True
+
+    def draws_for(self, mask, query, key, value, *, num_samples, generator=None):  # type: ignore[no-untyped-def]
+        if mask.is_causal or num_samples == 0:
+            return self.draws(query, key, value, num_samples=num_samples, generator=generator)
+
+        def of_all(prefixes: Any) -> KeySample:
+            place = uniform((*key.shape[:2], num_samples), key.device, generator)
+            weight = torch.full(place.shape, math.log(key.shape[2] / num_samples))
+            return KeySample(index=(place * key.shape[2]).long(), log_weight=weight)
+
+        return of_all
+
+
 GROUPS = "groups_of_heads_are_independent"
+BESIDE = "draws_beside_a_mask_are_true"
 DEGENERATE = "degenerate_inputs_have_weights"
 
 CASES: dict[AbstractSampler, set[str]] = {
@@ -258,5 +301,7 @@ CASES: dict[AbstractSampler, set[str]] = {
     KeepsGradients(): {"strides_and_gradients_do_not_matter"},
     CountsAllKeysTwice(): {"as_many_samples_as_keys_are_exact"},
     CannotBeCompiled(): {"compiles_to_one_graph"},
+    ForAllBesideAMask(): {BESIDE},
+    NotAllBesideAMask(): {BESIDE, "as_many_samples_as_keys_are_exact"},
 }
 """Each wrong sampler with the checks that it has to fail, and no other."""

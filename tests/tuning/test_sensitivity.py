@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyperframe.integrations._exact import exact_attention
+from hyperframe.integrations.exact import exact_attention
 from hyperframe.integrations.transformers import apply
 from hyperframe.tuning.gradients import loss_gradients
 from hyperframe.tuning.rungs import parse_rung

@@ -20,6 +20,7 @@ from . import (
     estimator_statistics,
     sampler_checks,
     sampler_independence,
+    sampler_masks,
     sampler_statistics,
 )
 from .problem import CheckSkippedError, on_device, why_no_device
@@ -54,7 +55,7 @@ def _checks_in(*modules: ModuleType) -> dict[str, Check]:
 CHECKS: dict[str, dict[str, Check]] = {
     "detector": _checks_in(component_checks, detector_checks, detector_masks, detector_causality),
     "sampler": _checks_in(
-        component_checks, sampler_checks, sampler_independence, sampler_statistics
+        component_checks, sampler_checks, sampler_independence, sampler_statistics, sampler_masks
     ),
     "estimator": _checks_in(component_checks, estimator_checks, estimator_statistics),
 }

@@ -33,6 +33,7 @@ __all__ = [
     "check_samples_have_an_index_and_a_weight",
     "draw_prefixes",
     "draw_sample",
+    "form_of",
 ]
 
 PREFIXES = (14, 22, 40)
@@ -52,10 +53,10 @@ def draw_prefixes(sampler: AbstractSampler, x: Inputs, *, seed: int = 1, num: in
     )
 
 
-def _check_form(
+def form_of(
     sampler: AbstractSampler, sample: KeySample, shape: tuple[int, ...], num_keys: int, asked: str
 ) -> None:
-    """Check shape, dtypes, range and that weights are numbers."""
+    """Fail unless shape, dtypes and range are right, and weights are numbers."""
     index, weight = sample.index, sample.log_weight
     if index.shape != shape or weight.shape != shape:
         found = f"index {tuple(index.shape)}, log_weight {tuple(weight.shape)}"
@@ -79,10 +80,10 @@ def check_samples_have_an_index_and_a_weight(sampler: AbstractSampler) -> None:
         for num in (0, 1, 7, 100):
             x = inputs(num_queries=num_queries, num_keys=num_keys)
             asked = f"num_samples={num}, n_q={num_queries}, n_k={num_keys}"
-            _check_form(sampler, draw_sample(sampler, x, num=num), (2, 2, num), num_keys, asked)
+            form_of(sampler, draw_sample(sampler, x, num=num), (2, 2, num), num_keys, asked)
     for dtype in DTYPES:
         sample = draw_sample(sampler, inputs(dtype=dtype))
-        _check_form(sampler, sample, (2, 2, 12), 40, f"inputs in {dtype}")
+        form_of(sampler, sample, (2, 2, 12), 40, f"inputs in {dtype}")
 
 
 def check_prefixes_are_kept(sampler: AbstractSampler) -> None:
@@ -97,7 +98,7 @@ def check_prefixes_are_kept(sampler: AbstractSampler) -> None:
                 *x, num_samples=num, prefixes=prefixes, generator=generator()
             )
             asked = f"num_samples={num} of prefixes {lengths}"
-            _check_form(sampler, sample, (2, 2, len(lengths), num), num_keys, asked)
+            form_of(sampler, sample, (2, 2, len(lengths), num), num_keys, asked)
             used = sample.log_weight > -torch.inf
             if bool((used & (sample.index >= prefixes[:, None])).any()):
                 fail(sampler, asked, "keys after their prefix", "draw below prefixes[t]")
@@ -121,7 +122,7 @@ def check_rectangles_are_kept(sampler: AbstractSampler) -> None:
     )
     if sample is None:
         raise CheckSkippedError("sample_rectangles returns None: rectangles are drawn singly")
-    _check_form(sampler, sample, (2, 2, 2, 6), 40, f"rectangles {rectangles}")
+    form_of(sampler, sample, (2, 2, 2, 6), 40, f"rectangles {rectangles}")
     for r, (_, _, start, stop) in enumerate(rectangles):
         index = sample.index[:, :, r]
         if bool(((index < start) | (index >= stop)).any()):
@@ -139,9 +140,9 @@ def check_degenerate_inputs_have_weights(sampler: AbstractSampler) -> None:
     for name, case in (
         ("zeros", zero), ("values of zero", some), ("equal vectors", equal), ("norms of 1e4", huge),
     ):  # fmt: skip
-        _check_form(sampler, draw_sample(sampler, case), (2, 2, 12), 40, name)
+        form_of(sampler, draw_sample(sampler, case), (2, 2, 12), 40, name)
         sample = draw_prefixes(sampler, case)
-        _check_form(sampler, sample, (2, 2, 3, 9), 40, f"{name}, prefixes")
+        form_of(sampler, sample, (2, 2, 3, 9), 40, f"{name}, prefixes")
         # draws without replacement may leave slots unused
         if not bool((sample.log_weight > -torch.inf).any(dim=-1).all()):
             remedy = "mix in some of the uniform density"
