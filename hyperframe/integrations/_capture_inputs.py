@@ -188,6 +188,13 @@ def reading(model: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="gguf")
             yield
+    except ImportError as error:
+        # gguf and accelerate for GGUF files, the libraries of some tokenizers
+        line = next(iter(str(error).strip().splitlines()), "a package is missing")
+        raise MissingDependencyError(
+            f"{model}: transformers needs a package to read this model: {line.rstrip('.')}; "
+            "pip install 'hyperframe-attention[hf]'"
+        ) from error
     except _REFUSED as error:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ArgumentError(

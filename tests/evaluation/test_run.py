@@ -286,6 +286,16 @@ def test_unknown_detectors_are_refused_at_once() -> None:
         EvalSettings(tasks=["induction"], specs=["sort_lhs"])
 
 
+def test_a_package_that_a_gguf_file_needs_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF\x03\x00\x00\x00")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(MissingDependencyError, match=r"gguf.*pip install .*\[hf\]"):
+        load_language_model(str(file))
+
+
 def test_models_that_cannot_be_evaluated_are_refused(folder: Path, tmp_path: Path) -> None:
     from transformers import BertConfig, BertLMHeadModel
 
