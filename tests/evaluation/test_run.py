@@ -291,7 +291,11 @@ def test_a_package_that_a_gguf_file_needs_is_named(
 ) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF\x03\x00\x00\x00")
-    monkeypatch.setitem(sys.modules, "gguf", None)
+
+    def lacking(*args: object, **options: object) -> None:
+        raise ImportError("Please install torch and gguf>=0.10.0 to load it.")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lacking)
     with pytest.raises(MissingDependencyError, match=r"gguf.*pip install .*\[hf\]"):
         load_language_model(str(file))
 
