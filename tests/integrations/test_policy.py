@@ -242,7 +242,8 @@ def test_corrupt_files_are_refused_with_the_place(text: Any, message: str, tmp_p
 def test_missing_and_binary_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"hyperframe_policy\.json: there is no such file; .*"):
         Policy.load(tmp_path)
-    with pytest.raises(ArgumentError, match=r"none\.json: there is no such file; hyperframe tune, Policy\.save"):
+    said = r"none\.json: there is no such file; hyperframe tune, Policy\.save"
+    with pytest.raises(ArgumentError, match=said):
         Policy.load(tmp_path / "none.json")
     (tmp_path / "weights").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ArgumentError, match=r"weights: is not text in UTF-8"):
