@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..precision import without_autocast
 
-__all__ = ["num_equal_runs", "pca_order"]
+__all__ = ["num_equal_runs", "pca_order", "pca_orders"]
 
 
 def num_equal_runs(length: int, longest: int) -> int:
@@ -46,6 +48,55 @@ def pca_order(points: torch.Tensor, *, leaf_size: int, num_steps: int = 4) -> to
             order = order.gather(-1, moved)
             x = x.gather(1, moved.unsqueeze(-1).expand_as(x))
     return order.reshape(*lead, length)
+
+
+def pca_orders(
+    points: Sequence[torch.Tensor], leaf_sizes: Sequence[int], *, num_steps: int = 4
+) -> list[torch.Tensor]:
+    """Order several sets of trees of different lengths, splitting all nodes of a size together.
+
+    On a GPU a tree of few points costs its launches; here all trees cost those of the longest one.
+
+    Args:
+        points: `[*lead, trees, n, d]` each, with `lead`, `d` and dtype in common.
+        leaf_sizes: of each set; its `n` is that times a power of two, and the longest `n` is a
+            power of two times every other one.
+        num_steps: power iterations at every node.
+
+    Returns:
+        What `pca_order` returns for each of them, up to rounding: int64 `[*lead, trees, n]`.
+        Cost as the sum of theirs; memory O(sum of trees n d).
+
+    Example:
+        >>> line = torch.tensor([5.0, 1.0, 4.0, 0.0])
+        >>> orders = pca_orders([line.view(1, 4, 1), line.view(2, 2, 1)], [2, 1])
+        >>> [order.flatten().tolist() for order in orders]
+        [[3, 1, 2, 0], [1, 0, 1, 0]]
+    """
+    lengths = [x.shape[-2] for x in points]
+    dtype = torch.promote_types(points[0].dtype, torch.float32)
+    trees = [x.detach().to(dtype).flatten(0, -4) if x.dim() > 3 else x[None] for x in points]
+    places = [
+        torch.arange(n, device=x.device).expand(x.shape[:-1])
+        for x, n in zip(trees, lengths, strict=True)
+    ]
+    batch, dim, size = len(trees[0]), trees[0].shape[-1], max(lengths)
+    while size > min(leaf_sizes):
+        now = [i for i, n in enumerate(lengths) if leaf_sizes[i] < size <= n]
+        if now:
+            with torch.no_grad(), without_autocast(trees[0]):
+                nodes = torch.cat([trees[i].reshape(batch, -1, size, dim) for i in now], dim=1)
+                along = _along_leading_direction(nodes, None, num_steps)
+                moved = along.sort(dim=-1, stable=True).indices
+                nodes = nodes.gather(2, moved.unsqueeze(-1).expand_as(nodes))
+                place = torch.cat([places[i].reshape(batch, -1, size) for i in now], dim=1)
+                place = place.gather(2, moved)
+            counts = [trees[i].shape[1:-1].numel() // size for i in now]
+            pieces = zip(now, nodes.split(counts, 1), place.split(counts, 1), strict=True)
+            for i, x, moved_place in pieces:
+                trees[i], places[i] = x, moved_place
+        size //= 2
+    return [place.reshape(x.shape[:-1]) for place, x in zip(places, points, strict=True)]
 
 
 def _split(x: torch.Tensor, num_nodes: int, num_leaves: int, num_steps: int) -> torch.Tensor:

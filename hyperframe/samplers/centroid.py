@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import torch
 
 from ..clustering.dyadic import group_counts, num_levels
 from ..clustering.metric import in_metric_of
-from ..clustering.pca_tree import pca_order
+from ..clustering.pca_tree import pca_order, pca_orders
 from ..clustering.runs import equal_runs, gather_runs, run_means
 from ..component import check_choice, check_non_negative_int, check_positive_int
 from ..randomness import check_generator, uniform
@@ -18,6 +19,8 @@ from ..validation import check_inputs
 from .base import AbstractSampler
 
 __all__ = ["Centroid"]
+
+_TOGETHER_BYTES = 256 << 20  # of the points of all levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,19 +167,14 @@ class Centroid(AbstractSampler):
         slot = torch.zeros(
             (*key.shape[:2], max(1, levels), num_keys), dtype=torch.int32, device=device
         )
-        points = self._points(query, key)
         index = torch.zeros((len(stop), width + 1), dtype=torch.int64, device=device)
         size = torch.zeros_like(index)
         first_slot = torch.zeros((len(stop), max(1, levels)), dtype=torch.int64, device=device)
         used = torch.zeros_like(stop)
         keys, values, total = [key[:, :, :0]], [value[:, :, :0]], 0
-        for level in reversed(range(levels)):
-            length, groups = self.unit << level, counts[level]
-            nodes = ((most >> level) + 1) // 2  # the even ones; odd ones are halves of longer runs
-            place = torch.arange(nodes, device=device).unsqueeze(-1) * (2 * length)
-            place = place + torch.arange(length, device=device)  # [nodes, length]
-            order = pca_order(points[:, :, place], leaf_size=length // groups)
-            members = order + place[:, :1]
+        runs = self._runs(self._points(query, key), most, counts)
+        for level, members in zip(reversed(range(levels)), runs, strict=True):
+            length, groups, nodes = self.unit << level, counts[level], members.shape[2]
             leaf = torch.arange(length, device=device) * groups // length
             slot[:, :, level].scatter_(
                 -1, members.flatten(2), leaf.int().expand_as(members).flatten(2)
@@ -205,6 +203,28 @@ class Centroid(AbstractSampler):
             index=index.expand(shape), log_weight=size.log().float().expand(shape),
             summaries=summaries,
         )  # fmt: skip
+
+    def _runs(self, points: torch.Tensor, units: int, counts: list[int]) -> Iterator[torch.Tensor]:
+        """Yield the keys of the runs of each level, the longest runs first, in the order of leaves.
+
+        Int64 `[batch, key_heads, runs, length]`. All levels are split together while their points
+        are few: then launches are what splits cost.
+        """
+        sets, sizes = [], []
+        for level in reversed(range(len(counts))):
+            length = self.unit << level
+            runs = ((units >> level) + 1) // 2  # the even ones; odd ones are halves of longer runs
+            place = torch.arange(runs, device=points.device).unsqueeze(-1) * (2 * length)
+            sets.append(place + torch.arange(length, device=points.device))  # [runs, length]
+            sizes.append(length // counts[level])
+        lead = points.shape[0] * points.shape[1] * points.shape[3] * points.element_size()
+        together = lead * sum(place.numel() for place in sets) <= _TOGETHER_BYTES
+        step = len(sets) if together else 1
+        for first in range(0, len(sets), max(1, step)):
+            now = slice(first, first + step)
+            orders = pca_orders([points[:, :, place] for place in sets[now]], sizes[now])
+            for place, order in zip(sets[now], orders, strict=True):
+                yield order + place[:, :1]
 
 
 def _means(x: torch.Tensor, members: torch.Tensor, groups: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hyperframe.clustering import equal_runs, gather_runs, num_equal_runs, pca_order
+from hyperframe.clustering import equal_runs, gather_runs, num_equal_runs, pca_order, pca_orders
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -121,3 +121,24 @@ def test_points_that_are_not_finite_are_places_like_others() -> None:
     points[1, 5, 0] = torch.inf
     order = pca_order(points, leaf_size=4)
     assert torch.equal(order.sort(dim=-1).values, torch.arange(37).expand(2, -1))
+
+
+@given(
+    levels=st.lists(
+        st.tuples(st.integers(0, 4), st.integers(1, 3), st.integers(0, 3)), min_size=1, max_size=4
+    ),
+    unit=st.sampled_from([1, 3, 8]),
+    seed=st.integers(0, 1000),
+)
+@example(levels=[(0, 1, 0), (4, 2, 3), (2, 3, 3)], unit=8, seed=0)
+def test_trees_of_several_lengths_are_those_made_one_by_one(
+    levels: list[tuple[int, int, int]], unit: int, seed: int
+) -> None:
+    g = generator(seed)
+    sets, leaf_sizes = [], []
+    for level, trees, depth in levels:
+        length = unit << level
+        sets.append(torch.randn(2, 2, trees, length, 3, generator=g, dtype=torch.float64))
+        leaf_sizes.append(unit << max(0, level - depth))
+    for points, leaf, order in zip(sets, leaf_sizes, pca_orders(sets, leaf_sizes), strict=True):
+        assert torch.equal(order, pca_order(points, leaf_size=leaf))
