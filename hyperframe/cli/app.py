@@ -7,6 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from ..benchmarking.memory import out_of_memory
 from ..errors import HyperframeError
 from . import EXIT_CODES
 from .bench import EXAMPLES as BENCH_EXAMPLES
@@ -71,6 +72,16 @@ def run(arguments: list[str] | None) -> int:
     except SystemExit as end:
         return int(end.code or ExitCode.DONE)
     except HyperframeError as error:
-        typer.echo(f"hyperframe: {error}", err=True)
-        return int(ExitCode.FAILED)
-    return int(ExitCode.DONE)
+        said = str(error)
+    except OSError as error:  # a full disk, a folder that vanished
+        where = "" if error.filename is None else f"{error.filename}: "
+        said = f"{where}{error.strerror or error}"
+    except (MemoryError, RuntimeError) as error:
+        full = out_of_memory(error)
+        if full is None:
+            raise
+        said = f"out of memory: {full}; ask for a shorter --length, or --dtype bfloat16"
+    else:
+        return int(ExitCode.DONE)
+    typer.echo(f"hyperframe: {said}", err=True)
+    return int(ExitCode.FAILED)

@@ -30,7 +30,7 @@ from ..component import check_choice
 from ..errors import ArgumentError
 from .codes import ExitCode
 from .output import echo_json
-from .parsing import device_of, integers
+from .parsing import check_out, check_plot, device_of, integers
 from .progress import shown_progress
 
 __all__ = ["EXAMPLES", "bench"]
@@ -129,7 +129,10 @@ def bench(
         chosen = [custom_suite(methods)]
     else:
         chosen = [suite(name) for name in suites or ["overview"]]
+    if out is not None:
+        check_out(out)
     if plot is not None:
+        check_plot(plot)
         check_plotting()
     everything: list[dict[str, Any]] = []
     is_whole = False

@@ -5,18 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Optional
 
-import torch
 import typer
 
 from ..component import check_choice
 from ..errors import ArgumentError
 from .codes import ExitCode
 from .output import echo_json
-from .parsing import check_out, device_of, integers
+from .parsing import DTYPES, check_out, device_of, integers
 
 __all__ = ["EXAMPLES", "capture"]
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 EXAMPLES = """Examples:
 
@@ -26,14 +23,15 @@ hyperframe capture ./my-bert --text book.txt --out bert.safetensors
 
 hyperframe capture ./my-vit --image photo.jpg --layers last:4
 
-hyperframe capture ./folder --gguf model-q8.gguf --text book.txt --dtype float16"""
+hyperframe capture model-q8.gguf --text book.txt --dtype float16"""
 
 
 # Optional[...] and not `| None`: typer reads these annotations on Python 3.10 too
 def capture(
     model: Annotated[str, typer.Argument(
-        metavar="MODEL", help="A folder that save_pretrained wrote, or a name on the hub: a "
-        "decoder or an encoder of text, or a vision transformer.", show_default=False)],
+        metavar="MODEL", help="A folder that save_pretrained wrote, a GGUF file, a name on the "
+        "hub, or smollm2: a decoder or an encoder of text, or a vision transformer.",
+        show_default=False)],
     text: Annotated[Optional[Path], typer.Option(  # noqa: UP045
         help="File that a model of text reads, UTF-8.")] = None,
     image: Annotated[Optional[str], typer.Option(  # noqa: UP045
@@ -53,7 +51,7 @@ def capture(
     device: Annotated[Optional[str], typer.Option(  # noqa: UP045
         help="Where the model runs; a GPU if there is one.")] = None,
     dtype: Annotated[str, typer.Option(
-        help=f"Of weights and heads: {', '.join(_DTYPES)}.")] = "float32",
+        help=f"Of weights and heads: {', '.join(DTYPES)}.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of random pixels.")] = 0,
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("heads.safetensors"),
     as_json: Annotated[bool, typer.Option(
@@ -63,7 +61,7 @@ def capture(
 
     The model runs once, exactly. `hyperframe report` and `hyperframe frontier` read the file.
     """
-    check_choice("capture", "dtype", dtype, tuple(_DTYPES))
+    check_choice("capture", "dtype", dtype, tuple(DTYPES))
     where = device_of(device)
     chosen = integers("--heads", heads)
     wanted: str | tuple[int, ...] = layers
@@ -77,7 +75,7 @@ def capture(
     try:
         found, about = capture_model(
             model, text=content, image=image, layers=wanted, length=length, heads=chosen,
-            is_causal=causal, gguf=gguf, device=where, dtype=_DTYPES[dtype], seed=seed,
+            is_causal=causal, gguf=gguf, device=where, dtype=DTYPES[dtype], seed=seed,
         )  # fmt: skip
         about["input"] = str(image) if text is None else text.name
         beside = out.with_name(out.name + ".part")  # a file that is there is a whole one

@@ -7,19 +7,16 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
-import torch
 import typer
 
 from ..component import check_choice
 from ..errors import ArgumentError
 from .codes import ExitCode
-from .output import echo_json
-from .parsing import device_of, integers
+from .output import echo_json, fail_if_nothing
+from .parsing import DTYPES, check_out_folder, device_of, integers
 from .progress import shown_progress
 
 __all__ = ["EXAMPLES", "evaluate"]
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 EXAMPLES = """Examples:
 
@@ -77,7 +74,7 @@ def evaluate(
     device: Annotated[Optional[str], typer.Option(  # noqa: UP045
         help="Where the model runs; a GPU if there is one.")] = None,
     dtype: Annotated[Optional[str], typer.Option(  # noqa: UP045
-        help=f"Of the weights: {', '.join(_DTYPES)}; bfloat16 on a GPU, float32 elsewhere.")]
+        help=f"Of the weights: {', '.join(DTYPES)}; bfloat16 on a GPU, float32 elsewhere.")]
     = None,
     seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
     out: Annotated[Path, typer.Option(
@@ -98,7 +95,7 @@ def evaluate(
 
     where = device_of(device)
     dtype = dtype or ("bfloat16" if where.type == "cuda" else "float32")
-    check_choice("eval", "dtype", dtype, tuple(_DTYPES))
+    check_choice("eval", "dtype", dtype, tuple(DTYPES))
     check_choice("eval", "format", form, tuple(FORMATS))
     options: dict[str, Any] = {}
     if tasks is not None:
@@ -110,8 +107,9 @@ def evaluate(
         policies=policy or (), windows=windows, depths=_depths(depth), trials=trials,
         repeats=repeats, template=_template(template), metric=metric,
         max_new_tokens=max_new_tokens, max_examples=max_examples, device=where,
-        dtype=_DTYPES[dtype], seed=seed, **options,
+        dtype=DTYPES[dtype], seed=seed, **options,
     )  # fmt: skip
+    check_out_folder(out)
     library.check_plotting()
     rows: list[dict[str, Any]] = []
     loaded, is_whole = None, False
@@ -119,7 +117,7 @@ def evaluate(
         with shown_progress(is_shown=sys.stderr.isatty()) as progress:
             progress(0, None, f"loading {model}")
             loaded = library.load_language_model(
-                model, gguf=gguf, device=where, dtype=_DTYPES[dtype]
+                model, gguf=gguf, device=where, dtype=DTYPES[dtype]
             )
             measured = library.run(loaded, settings, out=out / library.ROWS, progress=progress)
             for row in measured:
@@ -137,9 +135,7 @@ def evaluate(
     if not is_whole:
         typer.echo(f"interrupted after {len(rows)} rows; the same command goes on", err=True)
         raise typer.Exit(ExitCode.INTERRUPTED)
-    if all(row["failure"] is not None for row in rows):
-        typer.echo("hyperframe: nothing could be measured; every row says why", err=True)
-        raise typer.Exit(ExitCode.FAILED)
+    fail_if_nothing(rows)
 
 
 def _layers(text: str) -> tuple[int | str, ...]:

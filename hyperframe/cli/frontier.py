@@ -10,8 +10,8 @@ from typing import Annotated, Any, Optional
 import typer
 
 from .codes import ExitCode
-from .output import echo_json
-from .parsing import device_of, integers
+from .output import echo_json, fail_if_nothing
+from .parsing import check_out, check_plot, device_of, integers
 from .progress import shown_progress
 
 __all__ = ["EXAMPLES", "frontier"]
@@ -87,7 +87,10 @@ def frontier(
         heads=heads, lengths=integers("--lengths", lengths), device=device_of(device),
         backend=backend, seed=seed, oracle=oracle, repeats=repeats,
     )  # fmt: skip
+    if out is not None:
+        check_out(out)
     if plot is not None:
+        check_plot(plot)
         library.check_plotting()
     rows: list[dict[str, Any]] = []
     is_whole = False
@@ -105,3 +108,4 @@ def frontier(
     if not is_whole:
         typer.echo(f"interrupted after {len(rows)} rows", err=True)
         raise typer.Exit(ExitCode.INTERRUPTED)
+    fail_if_nothing(rows)

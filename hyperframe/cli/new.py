@@ -16,6 +16,7 @@ from ..errors import ArgumentError
 from ..spec import is_spec_name
 from .components import KINDS
 from .output import echo_json
+from .parsing import check_out_folder
 
 __all__ = ["EXAMPLES", "new", "package_files"]
 
@@ -56,6 +57,7 @@ def new(
     Change the component, then install the package; its name works everywhere.
     """
     files = package_files(kind, name, author=author)
+    check_out_folder(out)
     folder = out / f"hyperframe-{name.replace('_', '-')}"
     if folder.exists():
         raise ArgumentError(

@@ -12,8 +12,8 @@ import typer
 from ..component import check_choice
 from ..errors import ArgumentError
 from .codes import ExitCode
-from .output import echo_json
-from .parsing import device_of, integers
+from .output import echo_json, fail_if_nothing
+from .parsing import check_out_folder, device_of, integers
 from .progress import shown_progress
 
 __all__ = ["EXAMPLES", "report"]
@@ -90,6 +90,7 @@ def report(
         seed=seed, device=device_of(device), **options,
     )  # fmt: skip
     check_choice("report", "format", form, tuple(FORMATS))
+    check_out_folder(out)
     check_plotting()
     source = source_of(heads, settings)
     rows: list[dict[str, Any]] = []
@@ -111,6 +112,7 @@ def report(
     if not is_whole:
         typer.echo(f"interrupted after {len(rows)} rows", err=True)
         raise typer.Exit(ExitCode.INTERRUPTED)
+    fail_if_nothing(rows)
 
 
 def _head(text: str | None) -> tuple[int, int] | None:

@@ -13,12 +13,10 @@ from ..component import check_choice
 from ..errors import ArgumentError
 from .codes import ExitCode
 from .output import echo_json
-from .parsing import check_out, device_of
+from .parsing import DTYPES, check_out, device_of
 from .progress import shown_progress
 
 __all__ = ["EXAMPLES", "tune"]
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 EXAMPLES = """Examples:
 
@@ -67,7 +65,7 @@ def tune(
     device: Annotated[Optional[str], typer.Option(  # noqa: UP045
         help="Where the model runs; a GPU if there is one.")] = None,
     dtype: Annotated[str, typer.Option(
-        help=f"Of weights: {', '.join(_DTYPES)}.")] = "float32",
+        help=f"Of weights: {', '.join(DTYPES)}.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
     out: Annotated[Path, typer.Option(help="The policy file to write.")] = Path("policy.json"),
     as_json: Annotated[bool, typer.Option(
@@ -82,7 +80,7 @@ def tune(
     """
     from ..tuning import TuneSettings, parse_percent, parse_speed
 
-    check_choice("tune", "dtype", dtype, tuple(_DTYPES))
+    check_choice("tune", "dtype", dtype, tuple(DTYPES))
     where = device_of(device)
     increase = None if max_ppl_increase is None else parse_percent(max_ppl_increase)
     speed = None if speed_target is None else parse_speed(speed_target)
@@ -99,7 +97,7 @@ def tune(
     check_out(out)
     try:
         found = _tuned(
-            model, text, held_out or [], settings, gguf=gguf, device=where, dtype=_DTYPES[dtype],
+            model, text, held_out or [], settings, gguf=gguf, device=where, dtype=DTYPES[dtype],
             as_json=as_json, out=out,
         )  # fmt: skip
     except KeyboardInterrupt:

@@ -9,9 +9,10 @@ from ..report.drawing import colour_of, figure, panel_title
 from .panels import (
     bars,
     colour,
-    error_of_change,
+    exact_level,
     finish,
     legend_below,
+    line_with_errors,
     lines_of_n,
     name_of,
     names_of,
@@ -56,17 +57,13 @@ def _layers(rows: Sequence[Row]) -> Any:
         for spec in specs:
             line = exact + [row for row in of_panel if row["run"] == spec]
             line.sort(key=lambda row: row["layers"])
-            axis.errorbar(
-                [row["layers"] for row in line], [row["value"] for row in line],
-                # of the difference to exact: the text's own spread moves all points together
-                yerr=[error_of_change(row) for row in line], marker="o", markersize=3.5,
-                linewidth=1.3, capsize=2, color=colour_of(specs, spec),
-                label=panel_title(spec, width=44),
-            )  # fmt: skip
+            line_with_errors(axis, line, "layers", colour=colour_of(specs, spec), label=spec)
+        if exact:
+            exact_level(axis, exact[0]["value"])
         axis.set_title(f"{text}, n = {n:,}", fontsize=9)
         axis.set_xticks(sorted({row["layers"] for row in of_panel}))
-        finish(axis, "perplexity")
-    legend_below(drawn, axes[0])
+        finish(axis, "perplexity, base e")
+    legend_below(drawn, axes)
     axes[-1].set_xlabel("replaced layers, from the last one", fontsize=8)
     return drawn
 
@@ -82,8 +79,8 @@ def _lengths(rows: Sequence[Row]) -> Any:
         of_text = [row for row in rows if row["input"] == text]
         lines_of_n(axis, of_text, names_of(rows))
         axis.set_title(str(text), fontsize=9)
-        finish(axis, "perplexity")
-    legend_below(drawn, axes[0])
+        finish(axis, "perplexity, base e")
+    legend_below(drawn, axes)
     axes[-1].set_xlabel("n, tokens", fontsize=8)
     return drawn
 
@@ -111,14 +108,14 @@ def _positions(rows: Sequence[Row]) -> Any:
         axes[0].plot(where, losses, label=label, zorder=3 if row is exact else 2, **style)
         added = [loss - other for loss, other in zip(losses, base, strict=True)]
         axes[1].plot(where, added, **style)
-    for axis, label in zip(axes, ("loss, nats", "loss - exact"), strict=True):
+    for axis, label in zip(axes, ("loss, nats", "loss - exact, nats"), strict=True):
         axis.set_xscale("log", base=2)
         ticks = [entry["first"] for entry in exact["details"]["positions"]]
         axis.set_xticks(ticks[::2], [f"{tick:,}" for tick in ticks[::2]])
         axis.minorticks_off()
         finish(axis, label)
     axes[0].set_title(f"{text}, n = {longest:,}", fontsize=9)
-    legend_below(drawn, axes[0])
+    legend_below(drawn, axes)
     axes[1].set_xlabel("position of the predicted token", fontsize=8)
     return drawn
 
@@ -194,8 +191,8 @@ def _induction(rows: Sequence[Row]) -> Any:
 FIGURES: dict[str, Drawing] = {
     "layers": Drawing(
         "Perplexity against replaced layers",
-        "Base e. Bars are standard errors of the difference to exact attention, by paired blocks "
-        "of the text.",
+        "Base e; dashed: exact attention. Bars are standard errors of the difference to it, by "
+        "paired blocks of the text.",
         _layers,
     ),
     "lengths": Drawing(

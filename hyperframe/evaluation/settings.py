@@ -193,12 +193,17 @@ class EvalSettings:
             HyperAttention(**options_of(spec, seed=self.seed))
 
     def _check_tasks(self) -> None:
-        names = [Path(text).name for text in self.texts]
-        if len(set(names)) < len(names):
-            raise ArgumentError(
-                f"eval: the texts {', '.join(names)} do not differ in their names, by which rows "
-                "are told apart; rename one"
-            )
+        files = {
+            "texts": self.texts, "policies": self.policies,
+            "tasks": [task for task in self.tasks if task not in TASKS],
+        }  # fmt: skip
+        for kind, paths in files.items():
+            names = [Path(path).name for path in paths]
+            if len(set(names)) < len(names):
+                raise ArgumentError(
+                    f"eval: the {kind} {', '.join(names)} do not differ in their names, by which "
+                    "rows are told apart; rename one"
+                )
         for task in self.tasks:
             if task not in TASKS and not task.endswith((".jsonl", ".json")):
                 raise ArgumentError(

@@ -10,7 +10,7 @@ from .panels import name_of
 from .rows import Row, of_task
 from .settings import EXACT
 
-__all__ = ["Table", "failures", "tables"]
+__all__ = ["Table", "failures", "left_exact", "tables"]
 
 
 class Table(NamedTuple):
@@ -42,6 +42,19 @@ def failures(rows: Sequence[Row]) -> list[tuple[str, str]]:
         if row["failure"] is not None:
             found[f"{row['task']}, n = {row['n']:,}, {name_of(row)}", row["failure"]] = None
     return list(found)
+
+
+def left_exact(rows: Sequence[Row]) -> list[str]:
+    """Return what stayed exact though it was to be replaced, a line for each run."""
+    found: dict[str, int] = {}
+    for row in rows:
+        kept = (row["details"] or {}).get("left_exact", ())
+        if kept:
+            found[name_of(row)] = max(len(kept), found.get(name_of(row), 0))
+    return [
+        f"{name}: up to {count} layers stayed exact, whose sliding window is shorter than the input"
+        for name, count in found.items()
+    ]
 
 
 def _number(value: float | None, error: float | None, form: str) -> str:

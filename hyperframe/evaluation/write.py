@@ -14,7 +14,7 @@ from .model import LanguageModel
 from .page import page
 from .rows import Row
 from .settings import EvalSettings
-from .tables import failures, tables
+from .tables import failures, left_exact, tables
 
 __all__ = ["ROWS", "Evaluation", "check_plotting", "print_tables", "write"]
 
@@ -106,5 +106,7 @@ def print_tables(rows: Sequence[Row], *, width: int | None = None) -> None:
         for line in table.lines:
             shown.add_row(*line)
         console.print(shown)
+    for line in left_exact(rows):
+        console.print(line)
     for what, why in failures(rows):
         console.print(f"not measured: {what}: {why}")

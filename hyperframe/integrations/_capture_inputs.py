@@ -1,53 +1,21 @@
-"""Models of the transformers library by name, and what they are run on to capture their heads."""
+"""What models of the transformers library read: texts and images as tensors."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, MissingDependencyError, UnsupportedError
-from ._transformers_masks import transformers_library
+from ._model_files import load_part
 
-__all__ = [
-    "RANDOM",
-    "image_inputs",
-    "kind_of",
-    "load_config",
-    "load_model",
-    "reading",
-    "text_inputs",
-]
+__all__ = ["RANDOM", "image_inputs", "kind_of", "load_model", "text_inputs"]
 
 RANDOM = "random"
 """What is asked for instead of an image file: pixels drawn from a seed."""
 
 _LONGEST = 4096  # tokens where no length is asked for
-_REFUSED = (OSError, ValueError, KeyError)  # what transformers raises for what it cannot read
-
-
-def load_config(model: str, *, gguf: str | None = None) -> Any:
-    """Return the configuration of a model.
-
-    Args:
-        model: a folder, or a name on the hub.
-        gguf: name of a GGUF file in it.
-
-    Raises:
-        ArgumentError: there is none that transformers can read.
-    """
-    folder = Path(model)
-    if not folder.is_dir() and (folder.is_absolute() or model.startswith((".", "~"))):
-        raise ArgumentError(f"{model}: there is no such folder; save_pretrained makes one")
-    if gguf is not None and folder.is_dir() and not (folder / gguf).is_file():
-        raise ArgumentError(f"--gguf {gguf}: there is no such file in {model}")
-    with reading(model):
-        return transformers_library.AutoConfig.from_pretrained(model, **_file(gguf))
 
 
 def kind_of(config: Any) -> str:
@@ -63,17 +31,16 @@ def kind_of(config: Any) -> str:
         parts = ["encoder", "decoder"]
     if parts:
         raise UnsupportedError(
-            f"capture: {name} is made of several models ({', '.join(parts)}), so a layer index "
-            "does not name one layer; save one of them with save_pretrained and capture that, or "
-            "call hyperframe.integrations.capture.capture on it"
+            f"{name} is made of several models ({', '.join(parts)}), so a layer index does not "
+            "name one layer; save one of them with save_pretrained, and name its folder"
         )
     if getattr(config, "vocab_size", None):
         return "text"
     if getattr(config, "image_size", None) and getattr(config, "num_channels", None):
         return "image"
     raise UnsupportedError(
-        f"capture: {name} reads neither tokens (vocab_size) nor images (image_size and "
-        "num_channels); call hyperframe.integrations.capture.capture with its inputs"
+        f"{name} reads neither tokens (vocab_size) nor images (image_size and num_channels); in "
+        "Python, hyperframe.integrations.capture.capture takes other inputs"
     )
 
 
@@ -83,7 +50,7 @@ def load_model(
     """Return the stack of layers of a model, without its head, in eval mode.
 
     Args:
-        model: as for `load_config`.
+        model: as for `find_model`.
         gguf: likewise.
         device: where it goes.
         dtype: of its weights.
@@ -93,10 +60,7 @@ def load_model(
     """
     # a GGUF file is read as the causal model that it is
     kind = "AutoModel" if gguf is None else "AutoModelForCausalLM"
-    with reading(model):
-        found = getattr(transformers_library, kind).from_pretrained(
-            model, dtype=dtype, **_file(gguf)
-        )
+    found = load_part(kind, model, gguf=gguf, dtype=dtype)
     stack: nn.Module = getattr(found, "base_model", found)
     if hasattr(stack.config, "use_cache"):
         stack.config.use_cache = False
@@ -109,11 +73,11 @@ def text_inputs(
     """Return the first tokens of a text.
 
     Args:
-        model: as for `load_config`: where the tokenizer is.
+        model: as for `find_model`: where the tokenizer is.
         config: of the model.
         text: the text.
         length: tokens; None takes what there is, up to 4,096 and to the positions of the model.
-        gguf: as for `load_config`.
+        gguf: as for `find_model`.
 
     Raises:
         ArgumentError: the text has fewer tokens, or the model fewer positions.
@@ -124,8 +88,7 @@ def text_inputs(
             f"--length {length}: {type(config).__name__} has {positions} positions; ask for at "
             f"most {positions}"
         )
-    with reading(model):
-        tokenizer = transformers_library.AutoTokenizer.from_pretrained(model, **_file(gguf))
+    tokenizer = load_part("AutoTokenizer", model, gguf=gguf)
     wanted = min(_LONGEST, positions) if length is None else length
     tokens = tokenizer(text, truncation=True, max_length=wanted, return_tensors="pt").input_ids
     found = tokens.shape[1]
@@ -141,7 +104,7 @@ def image_inputs(model: str, config: Any, image: str, *, seed: int) -> dict[str,
     """Return the pixels of an image, as the processor of the model prepares them, or random ones.
 
     Args:
-        model: as for `load_config`: where the processor is.
+        model: as for `find_model`: where the processor is.
         config: of the model.
         image: a file, or "random": standard normal pixels.
         seed: of random pixels.
@@ -168,40 +131,5 @@ def image_inputs(model: str, config: Any, image: str, *, seed: int) -> dict[str,
             pixels = file.convert("RGB")
     except (FileNotFoundError, IsADirectoryError, UnidentifiedImageError) as error:
         raise ArgumentError(f"--image {image}: is no image file; pass one, or {RANDOM}") from error
-    with reading(model):
-        processor = transformers_library.AutoImageProcessor.from_pretrained(model)
+    processor = load_part("AutoImageProcessor", model)
     return {"pixel_values": processor(images=pixels, return_tensors="pt").pixel_values}
-
-
-def _file(gguf: str | None) -> dict[str, str]:
-    return {} if gguf is None else {"gguf_file": gguf}
-
-
-@contextmanager
-def reading(model: str) -> Iterator[None]:
-    """Keep transformers quiet, and say in one line what it cannot read."""
-    logging = transformers_library.utils.logging
-    verbosity, is_drawn = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="gguf")
-            yield
-    except ImportError as error:
-        # gguf and accelerate for GGUF files, the libraries of some tokenizers
-        line = next(iter(str(error).strip().splitlines()), "a package is missing")
-        raise MissingDependencyError(
-            f"{model}: transformers needs a package to read this model: {line.rstrip('.')}; "
-            "pip install 'hyperframe-attention[hf]'"
-        ) from error
-    except _REFUSED as error:
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ArgumentError(
-            f"{model}: transformers cannot read this model: {line.rstrip('.')}; pass the folder "
-            "of a model of transformers 5, or its name on the hub"
-        ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if is_drawn:
-            logging.enable_progress_bar()

@@ -25,7 +25,8 @@ import torch
 
 from ..component import check_positive_int
 from ..errors import ArgumentError, HyperframeError
-from ._capture_inputs import RANDOM, image_inputs, kind_of, load_config, load_model, text_inputs
+from ._capture_inputs import RANDOM, image_inputs, kind_of, load_model, text_inputs
+from ._model_files import load_config
 from .capture import CapturedHeads, capture
 
 __all__ = ["RANDOM", "capture_model", "choose_heads", "summary"]
@@ -40,8 +41,8 @@ def capture_model(
     """Load a model, run it once, exactly, and keep what its attention layers got.
 
     Args:
-        model: a folder, or a name on the hub, of a decoder or encoder of text, or of a vision
-            transformer.
+        model: a folder, a GGUF file, a name on the hub, or "smollm2": a decoder or encoder of
+            text, or a vision transformer.
         text: what a model of text reads.
         image: what a vision transformer sees: a file, or "random".
         layers: "all", "first:4", "last:8", or layer indices; negative ones count from the end.
@@ -89,7 +90,7 @@ def capture_model(
     }
     try:
         found = capture(stack, layers, **ready)
-    except HyperframeError:
+    except (HyperframeError, torch.OutOfMemoryError):
         raise
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         shape = tuple(next(iter(inputs.values())).shape)

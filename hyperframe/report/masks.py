@@ -184,7 +184,9 @@ def _numbers(rows: Sequence[Row], spec: str) -> str:
         name: measured(rows, "masks", spec=spec, quantity=name)[0]["value"]
         for name in ("density", "mass")
     }
-    return f"mass {found['mass']:.3f} in {100 * found['density']:.2g}% of the entries"
+    percent = 100 * found["density"]
+    share = format(percent, ".2g" if percent < 10 else ".0f")  # 100 and not 1e+02
+    return f"mass {found['mass']:.3f} in {share}% of the entries"
 
 
 def _rgb(colour: str) -> tuple[float, float, float]:

@@ -42,6 +42,11 @@ class Rung:
         """Return the attention, with a seed."""
         return HyperAttention(**self.options, seed=seed)
 
+    def is_exact(self, length: int) -> bool:
+        """Whether so many keys are few enough to be answered by exact attention."""
+        shortest = self.options.get("min_seq_len")
+        return shortest is not None and length <= shortest
+
 
 def parse_rung(spec: str) -> Rung:
     """Return the rung of `"detector; option=value; ..."`, as `hyperframe eval` reads it.

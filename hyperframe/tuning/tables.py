@@ -100,11 +100,13 @@ def _summary(tuned: Tuned, held_out: dict[str, Increase]) -> list[str]:
     ]
     if tuned.trial is not None:
         increase = tuned.trial.verified.increase
+        measured = f"{_increase(increase)}, at most {100 * math.expm1(tuned.trial.upper):.2f} %"
         speed = tuned.measured_speed
-        lines.append(
-            f"measured:  {_increase(increase)}, at most {100 * math.expm1(tuned.trial.upper):.2f} %"
-            + ("" if speed is None else f", attention {speed:.2f}x (seconds, this device)")
-        )
+        if speed is not None:
+            measured += f", attention {speed:.2f}x (seconds, this device)"
+            if speed < 1 and facts["cost"] == "seconds":
+                measured += ": in the whole model it is no faster"
+        lines.append(f"measured:  {measured}")
     lines += [f"held out:  {_increase(found)}, {name}" for name, found in held_out.items()]
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in tuned.seconds.items())
     return [*lines, f"{tuned.message} ({spent})"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("transformers")
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertModel,
     CLIPConfig,
@@ -33,6 +35,7 @@ from hyperframe.integrations import capture_model as library
 from hyperframe.integrations._capture_inputs import kind_of
 from hyperframe.integrations.capture import capture, load, load_about
 from hyperframe_attention.__main__ import main as program
+from tests.cli.tiny_gguf import save_tiny_gguf
 from tests.cli.word_tokenizer import save_word_tokenizer
 
 SIZES: dict[str, Any] = {
@@ -148,6 +151,75 @@ def test_a_file_is_seen_as_the_processor_prepares_it(folder: Path, tmp_path: Pat
     expected = capture(model, pixel_values=torch.ones(1, 3, 32, 32))
     for layer, of_layer in load(out).items():
         same(of_layer, expected[layer])
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    save_tiny_gguf(path)
+    letters = "the quick brown fox jumps over the lazy dog and sleeps"
+    path.with_name("letters.txt").write_text(letters, encoding="utf-8")
+    return path
+
+
+def test_a_gguf_file_is_captured_by_its_path_or_in_its_folder(gguf: Path, tmp_path: Path) -> None:
+    more = ["--text", str(gguf.with_name("letters.txt")), "--length", "40", "--device", "cpu"]
+    model = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name).eval()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    text = gguf.with_name("letters.txt").read_text()
+    tokens = tokenizer(text, return_tensors="pt").input_ids[:, :40]
+    expected = capture(model, input_ids=tokens)
+    for named in ([str(gguf)], [str(gguf.parent), "--gguf", gguf.name]):
+        out = tmp_path / f"{len(named)}.safetensors"
+        assert main(["capture", *named, *more, "--out", str(out)]) == 0
+        found = load(out)
+        assert list(found) == [0, 1]
+        for layer, of_layer in found.items():
+            assert of_layer.key.shape == (1, 2, 40, 8)
+            assert of_layer.is_causal
+            same(of_layer, expected[layer])
+        about = load_about(out)
+        assert (about["model"], about["model_class"]) == (named[0], "LlamaModel")
+
+
+@pytest.mark.parametrize("share", [0.001, 0.05, 0.9])
+def test_a_gguf_file_that_is_cut_short_is_one_sentence(
+    gguf: Path, tmp_path: Path, share: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = gguf.read_bytes()
+    part = tmp_path / "part.gguf"
+    part.write_bytes(content[: int(share * len(content))])
+    out = tmp_path / "heads.safetensors"
+    arguments = ["--text", str(gguf.with_name("letters.txt")), "--length", "40", "--out", str(out)]
+    assert main(["capture", str(part), *arguments, "--device", "cpu"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"hyperframe: {part}: transformers cannot read this model (")
+    assert "A file may be damaged or cut short" in said
+    assert said.count("\n") == 1
+    assert not out.exists()
+    assert main(["capture", str(tmp_path / "no.gguf"), *arguments, "--device", "cpu"]) == 1
+    assert "no.gguf: there is no such file; name a GGUF file" in capsys.readouterr().err
+
+
+def test_damaged_weights_and_an_absent_tokenizer_are_one_sentence(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, file, said in (
+        ("torn", "model.safetensors", "cannot read this model (SafetensorError"),
+        ("mute", "tokenizer", "cannot read this tokenizer ("),
+    ):
+        shutil.copytree(folder / "llama", tmp_path / name)
+        for path in (tmp_path / name).glob(f"{file}*"):
+            if name == "torn":
+                path.write_bytes(path.read_bytes()[:1000])
+            else:
+                path.unlink()
+        out = tmp_path / "heads.safetensors"
+        arguments = ["--text", str(folder / "text.txt"), "--out", str(out), "--device", "cpu"]
+        assert main(["capture", str(tmp_path / name), *arguments]) == 1
+        found = capsys.readouterr().err
+        assert said in found
+        assert found.count("\n") == 1
 
 
 @pytest.mark.parametrize(

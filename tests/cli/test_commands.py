@@ -62,6 +62,43 @@ def test_the_examples_of_the_help_texts_parse(arguments: list[str]) -> None:
         assert not context.args
 
 
+def commands_of(page: Path, start: str) -> list[list[str]]:
+    """The lines of code on a page that begin so, each with what continues it, as words."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    # what follows python -c may take several lines
+    lines = [
+        line
+        for line in text.splitlines()
+        if line.startswith(f"    {start} ") and not line.startswith("    python -c")
+    ]
+    return [
+        [word for word in shlex.split(line, comments=True) if word not in ("|", "...")]
+        for line in lines
+    ]
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_commands_of_a_page_parse(page: Path) -> None:
+    for _, name, *rest in commands_of(page, "hyperframe"):
+        if name not in COMMANDS:  # doctor, and COMMAND itself
+            assert name in (*_FORWARDED, "doctor", "COMMAND")
+            continue
+        with COMMANDS[name].make_context(name, rest) as context:
+            assert not context.args
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_scripts_of_a_page_are_there_with_their_options(page: Path) -> None:
+    for _, script, *rest in commands_of(page, "python"):
+        if script.endswith(".py"):
+            source = (ROOT / script).read_text(encoding="utf-8")
+            for word in rest:
+                assert not word.startswith("--") or f'"{word}"' in source, (script, word)
+
+
 @pytest.mark.parametrize(
     "arguments", [each for each in EVERY_EXAMPLE if each[0] in QUICK], ids=" ".join
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hyperframe.cli.app import app
 from hyperframe.errors import ArgumentError
 from hyperframe.evaluation import EVAL_KEYS, LanguageModel, find_model
 from hyperframe_attention.__main__ import main as program
+from tests.cli.tiny_gguf import save_tiny_gguf
 from tests.evaluation.tiny_model import letters, llama, prose
 
 SPEC = "sliding_window(width=8, num_sinks=2); num_samples=4"
@@ -123,6 +125,56 @@ def test_nothing_measured_is_exit_code_1_and_every_row_says_why(
     assert "nothing could be measured" in captured.err
 
 
+def test_no_memory_in_the_middle_keeps_and_names_what_was_measured(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    score = LanguageModel.score
+
+    def full(self: LanguageModel, tokens: torch.Tensor, **options: Any) -> Any:
+        if len(tokens) == 128:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
+        return score(self, tokens, **options)
+
+    monkeypatch.setattr(LanguageModel, "score", full)
+    more = ["--tasks", "perplexity", "--out", str(tmp_path)]
+    assert main(arguments(folder, *more)) == 0  # something was measured, and the rest says why
+    said = " ".join(capsys.readouterr().out.split())
+    for run in ("exact", SPEC):
+        assert f"not measured: perplexity, n = 128, {run}" in said
+    assert said.count("out of memory: CUDA out of memory. Tried to allocate 9 GiB.; ask for a") == 2
+    before = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(row["n"], row["failure"] is None) for row in before] == [
+        (64, True), (64, True), (128, False), (128, False)
+    ]  # fmt: skip
+    assert "out of memory" in (tmp_path / "index.html").read_text()
+    # there is memory again: what was measured is not measured again, the rest is
+    monkeypatch.setattr(LanguageModel, "score", score)
+    assert main(arguments(folder, *more)) == 0
+    assert "not measured" not in capsys.readouterr().out
+    after = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert after[:4] == before
+    assert [row["n"] for row in after[4:]] == [128, 128]
+    assert "Not measured" not in (tmp_path / "index.html").read_text()
+
+
+@pytest.mark.parametrize("command", ["eval", "tune", "capture"])
+def test_no_memory_for_the_model_is_one_line_and_no_word_of_a_damaged_file(
+    command: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def full(*arguments: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for kind in ("AutoModelForCausalLM", "AutoModel"):
+        monkeypatch.setattr(f"transformers.{kind}.from_pretrained", full)
+    more = ["--text", str(folder / "text.txt"), "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main([command, str(folder / "llama"), *more, "--length", "64"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("hyperframe: out of memory: CUDA out of memory.; ask for a shorter")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "more, said",
     [
@@ -170,6 +222,39 @@ def test_texts_that_are_not_utf_8_and_models_that_are_not_there(
     absent = str(folder / "absent")
     assert main(["eval", absent, "--text", str(folder / "text.txt"), *options]) == 1
     assert "there is no such folder" in capsys.readouterr().err
+
+
+def test_a_gguf_file_is_a_model_with_its_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny_gguf(tmp_path / "tiny.gguf")
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog and sleeps until noon")
+    more = ["--text", str(text), "--length", "40", "--tasks", "perplexity", "--device", "cpu"]
+    found = []
+    for named in ([str(tmp_path / "tiny.gguf")], [str(tmp_path), "--gguf", "tiny.gguf"]):
+        out = tmp_path / f"out{len(named)}"
+        options = ["--spec", "oracle(budget=64); num_samples=0", "--out", str(out), "--json"]
+        assert main(["eval", *named, *more, *options]) == 0
+        exact, held = json.loads(capsys.readouterr().out)
+        assert (exact["n"], exact["model"]) == (40, named[0])
+        assert held["value"] == pytest.approx(exact["value"], rel=1e-4)
+        found.append((exact["weights"], exact["value"]))
+    assert found[0] == found[1]
+
+
+def test_a_metric_whose_package_is_absent_is_refused_before_the_model_runs(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "rouge", None)
+    out = tmp_path / "out"
+    more = ["--tasks", str(folder / "q.jsonl"), "--metric", "rouge_l", "--out", str(out)]
+    assert main(arguments(folder, *more)) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("hyperframe: ")
+    assert "pip install 'hyperframe-attention[eval]'" in said
+    assert not out.exists()
 
 
 def test_no_model_and_unknown_options_are_exit_code_2() -> None:

@@ -53,10 +53,12 @@ def test_table_rows_and_plot(heads: str, tmp_path: Path) -> None:
 
 def test_json_is_all_that_is_printed(heads: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--json", "--detector", "strided", "--sampler", "importance", "--strict"]
-    assert program(["frontier", heads, *SMALL, *arguments]) == 0
-    (row,) = json.loads(capsys.readouterr().out)
+    assert program(["frontier", heads, *SMALL, *arguments]) == 1
+    captured = capsys.readouterr()
+    (row,) = json.loads(captured.out)
     assert row["sampler"] == "importance"
     assert "importance looks at queries" in row["failure"]
+    assert captured.err == "hyperframe: nothing could be measured; every row says why\n"
 
 
 def test_all_registered_detectors_are_measured(

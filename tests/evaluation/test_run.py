@@ -250,6 +250,29 @@ def test_a_policy_is_a_run(tiny: LanguageModel, tmp_path: Path) -> None:
         )
 
 
+def test_layers_that_stay_exact_with_their_window_are_named(tmp_path: Path) -> None:
+    """Their perplexity is that of exact attention, which must not look like a success."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = MistralConfig(
+        num_key_value_heads=2, num_hidden_layers=3, vocab_size=100, sliding_window=64, **sizes
+    )
+    model = of_parts(MistralForCausalLM(config).eval(), letters(), name="mistral")
+    text = tmp_path / "text.txt"
+    text.write_text(prose(200))
+    settings = EvalSettings(
+        texts=[text], lengths=[64, 65], layers=[2], specs=[SPEC], tasks=["perplexity"]
+    )
+    rows = list(run(model, settings))
+    assert [row["details"].get("left_exact") for row in rows] == [None, None, None, [1, 2]]
+    assert rows[1]["value"] != rows[0]["value"]
+    assert rows[3]["value"] == rows[2]["value"]
+    page = library.write(model, settings, rows, out=tmp_path).page.read_text()
+    assert f"{SPEC}, last 2: up to 2 layers stayed exact, whose sliding window" in page
+
+
 def test_lengths_unless_given_are_those_that_fit(tiny: LanguageModel, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(prose(90))
@@ -265,7 +288,9 @@ def test_lengths_unless_given_are_those_that_fit(tiny: LanguageModel, tmp_path: 
         ({"tasks": ["passkeys"]}, "Did you mean 'passkey'"),
         ({"tasks": []}, "tasks=()"),
         ({"tasks": ["induction", "induction"]}, "each once"),
-        ({"texts": ["a/x.txt", "b/x.txt"]}, "do not differ in their names"),
+        ({"texts": ["a/x.txt", "b/x.txt"]}, "the texts x.txt, x.txt do not differ in their names"),
+        ({"policies": ["a/p.json", "b/p.json"]}, "the policies p.json, p.json do not differ"),
+        ({"tasks": ["a/q.jsonl", "b/q.jsonl"]}, "the tasks q.jsonl, q.jsonl do not differ"),
         ({"specs": ["fast; num_samples"]}, "'num_samples' is no option"),
         ({"specs": ["fast; num_samples=-1"]}, "num_samples=-1"),
         ({"lengths": [8]}, "--length 8: is too short"),
@@ -320,6 +345,26 @@ def test_models_that_cannot_be_evaluated_are_refused(folder: Path, tmp_path: Pat
     letters().save_pretrained(tmp_path / "bert")
     with pytest.raises(UnsupportedError, match="does not attend causally"):
         load_language_model(str(tmp_path / "bert"))
+
+
+def test_what_all_layers_refuse_is_said_once_and_when_the_model_is_loaded(tmp_path: Path) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM, T5Config, T5ForConditionalGeneration
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    gemma = Gemma2Config(
+        num_key_value_heads=2, head_dim=8, num_hidden_layers=1, vocab_size=100,
+        query_pre_attn_scalar=8, bos_token_id=None, eos_token_id=None, **sizes,
+    )  # fmt: skip
+    Gemma2ForCausalLM(gemma).save_pretrained(tmp_path / "gemma")
+    t5 = T5Config(vocab_size=100, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
+    for name, said in (
+        ("gemma", r"gemma: Gemma2ForCausalLM: layer 0 asks for softcap \(50\.0\)"),
+        ("t5", r"^T5Config is made of several models \(encoder, decoder\).*save_pretrained"),
+    ):
+        letters().save_pretrained(tmp_path / name)
+        with pytest.raises(UnsupportedError, match=said):
+            load_language_model(str(tmp_path / name))
 
 
 def test_without_matplotlib_nothing_is_measured(

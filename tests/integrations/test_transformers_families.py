@@ -47,7 +47,10 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name of the configuration class without "Config", and its arguments."""
 
-SITUATIONS = ["plain", "left", "right", "packed", "chunked", "static", "static-left"]
+SITUATIONS = [
+    "plain", "left", "right", "packed", "chunked", "chunked-left", "static", "static-left",
+    "static-chunked-left",
+]  # fmt: skip
 
 
 def decoder(family: str) -> Any:
@@ -74,21 +77,25 @@ def padding(kind: str) -> Tensor:
 def logits(model: Any, situation: str) -> Tensor:
     """What the model says of the real tokens, in one of the situations that callers make."""
     ids = tokens()
-    kind = situation.removeprefix("static-")
+    kind = situation.removeprefix("static-").removeprefix("chunked-")
     mask = padding(kind)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    past: Any = None
+    if situation.startswith("static"):
+        past = transformers.StaticCache(config=model.config, max_cache_len=40)
     if situation == "packed":
         positions = torch.cat([torch.arange(9), torch.arange(15)])[None]
         return model(ids[:1], position_ids=positions, use_cache=False).logits[0]
-    if situation == "chunked":
-        past, parts = transformers.DynamicCache(config=model.config), []
+    if "chunked" in situation:
+        parts = []
+        if past is None:
+            past = transformers.DynamicCache(config=model.config)
         for start, stop in ((0, 10), (10, 17), (17, 22), (22, 23), (23, 24)):
-            part = model(ids[:, start:stop], past_key_values=past)
-            parts.append(part.logits)
-        return torch.cat(parts, 1).flatten(0, 1)
-    past = None
-    if situation.startswith("static"):
-        past = transformers.StaticCache(config=model.config, max_cache_len=40)
+            of_part = {} if kind == "chunked" else {
+                "attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]
+            }  # fmt: skip
+            parts.append(model(ids[:, start:stop], past_key_values=past, **of_part).logits)
+        return torch.cat(parts, 1)[mask.bool()]
     args = {"attention_mask": None if kind == "plain" else mask, "position_ids": positions}
     return model(ids, past_key_values=past, **args).logits[mask.bool()]
 
@@ -136,13 +143,13 @@ def test_generation_with_a_padded_batch_agrees_with_eager(family: str, cache: st
         close(torch.stack(actual.logits), torch.stack(expected.logits))
 
 
-def encoder(family: str) -> tuple[Any, Callable[[], Tensor]]:
+def encoder(family: str, side: str = "right") -> tuple[Any, Callable[[], Tensor]]:
     """A tiny encoder, and a forward of it: the last hidden states of its real positions."""
     small = {key: value for key, value in SMALL.items() if not key.endswith("token_id")}
     torch.manual_seed(0)
     if family == "bert":
         model = transformers.BertModel(transformers.BertConfig(**small)).eval()
-        mask = padding("right")
+        mask = padding(side)
         return model, lambda: model(tokens(), attention_mask=mask).last_hidden_state[mask.bool()]
     config = transformers.ViTConfig(**small, image_size=32, patch_size=8)
     model = transformers.ViTModel(config).eval()
@@ -150,15 +157,47 @@ def encoder(family: str) -> tuple[Any, Callable[[], Tensor]]:
     return model, lambda: model(pixels).last_hidden_state
 
 
-@pytest.mark.parametrize("family", ["bert", "vit"])
+@pytest.mark.parametrize(
+    "family, side", [("bert", "none"), ("bert", "left"), ("bert", "right"), ("vit", "none")]
+)
 @torch.no_grad()
-def test_encoders_agree_with_eager(family: str) -> None:
-    model, run = encoder(family)
+def test_encoders_agree_with_eager(family: str, side: str) -> None:
+    model, run = encoder(family, side)
     expected = run()
     calls: list[AttentionCall] = []
     with apply(model, observer=calls.append, **ORACLE):
         close(run(), expected)
     assert [call.exact for call in calls] == [False, False]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [ORACLE, {"detector": "sort_lsh(block_size=8)", "num_samples": 4, "min_seq_len": 0},
+     {"detector": "heavy_columns", "causal": "recursive", "min_seq_len": 8}],
+    ids=["oracle", "sort_lsh", "recursive"],
+)  # fmt: skip
+@torch.no_grad()
+def test_a_row_of_nothing_but_padding_harms_no_other(options: dict[str, Any]) -> None:
+    model, mask = decoder("llama"), padding("none")
+    mask[0] = 0
+    with apply(model, **options):
+        found = model(tokens(), attention_mask=mask).logits
+        alone = model(tokens(), attention_mask=padding("none")).logits
+    assert found.isfinite().all()
+    if options is ORACLE:
+        close(found[1], alone[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_low_precision_is_at_most_twice_as_far_from_fp32_as_eager_is(dtype: torch.dtype) -> None:
+    expected = logits(decoder("qwen3"), "left")
+    model = decoder("qwen3").to(dtype)
+    eager = logits(model, "left")
+    with apply(model, **ORACLE):
+        actual = logits(model, "left")
+    assert actual.dtype == dtype
+    assert (actual - expected).norm() <= 2 * (eager - expected).norm()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt-neox"])

@@ -17,6 +17,7 @@ from hyperframe import report as library
 from hyperframe.detectors import create
 from hyperframe.errors import ArgumentError, HyperframeError
 from hyperframe.integrations.capture import CapturedHeads, save
+from hyperframe.report.masks import draw
 from hyperframe.report.page import Picture, page
 from hyperframe.report.recursion import leaf_of
 
@@ -120,6 +121,21 @@ def test_an_interrupted_report_shows_what_was_measured(tmp_path: Path) -> None:
     # and nothing at all is a page, too
     empty = library.write(source, [], out=tmp_path / "empty", is_whole=False)
     assert [file.name for file in empty.files] == ["index.html", "rows.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "density, shown", [(1.0, "100"), (0.996, "100"), (0.5, "50"), (0.0123, "1.2")]
+)
+def test_pictures_of_masks_say_what_is_held_of_how_many_entries(density: float, shown: str) -> None:
+    options = OPTIONS | {"figures": ["masks"], "specs": ["heavy_columns(num_columns=64)"]}
+    rows = list(library.measure(library.source_of(captured(), library.ReportSettings(**options))))
+    for row in rows:
+        if row["quantity"] == "density":
+            assert row["value"] == 1.0
+            row["value"] = density
+    attention, held = draw(rows, options["specs"]).axes
+    assert "attention, n = 64" in attention.get_title()
+    assert held.get_title().endswith(f"mass 1.000 in {shown}% of the entries")
 
 
 def test_fewer_queries_than_keys_have_one_alpha(tmp_path: Path) -> None:

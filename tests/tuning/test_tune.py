@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -22,6 +23,7 @@ from hyperframe.evaluation.model import of_parts
 from hyperframe.integrations.policy import Policy
 from hyperframe.integrations.transformers import apply
 from hyperframe.tuning import Tuned, TuneSettings, increase_on, split, tune
+from hyperframe.tuning.tables import print_tuned
 
 Make = Callable[..., Any]
 Draw = Callable[[int, int], Tensor]
@@ -118,6 +120,33 @@ def test_rungs_that_do_not_pay_are_left_out_after_one_call(
     assert "times what exact attention does" in found.skipped[everything]
     assert found.policy.rules == ()
     assert "no rung costs less" in found.message
+
+
+@pytest.mark.parametrize("cost", ["keys", "seconds"])
+def test_rungs_that_answer_exactly_at_this_length_are_no_choice(
+    make_llama: Make, random_tokens: Draw, cost: str
+) -> None:
+    exact = ["heavy_columns; causal=recursive", "fast; min_seq_len=128"]
+    found = tuned(make_llama(), random_tokens, max_increase=0.05, specs=[*exact, WINDOW], cost=cost)
+    for spec in exact:
+        assert found.skipped[spec] == "answers 128 tokens exactly"
+    assert {rung.label for rung in found.rungs} <= {WINDOW}
+
+
+def test_a_policy_that_is_slower_in_the_whole_model_says_so(
+    make_llama: Make, random_tokens: Draw, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = tuned(make_llama(), random_tokens, max_increase=0.05, specs=[WINDOW])
+    assert found.trial is not None
+    cases = (("seconds", 2.0, True), ("seconds", 0.5, False), ("keys", 2.0, False))
+    for cost, factor, is_said in cases:
+        seconds = {layer: factor * found.exact_seconds[layer] for layer in found.choice.options}
+        verified = dataclasses.replace(found.trial.verified, seconds=seconds)
+        trial = dataclasses.replace(found.trial, verified=verified)
+        print_tuned(dataclasses.replace(found, trial=trial, facts={**found.facts, "cost": cost}))
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"attention {1 / factor:.2f}x (seconds, this device)" in said
+        assert ("in the whole model it is no faster" in said) == is_said
 
 
 def test_speed_target_takes_the_mildest_policy_of_that_speed(

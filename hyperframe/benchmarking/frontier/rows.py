@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import ArgumentError
+from ..row_files import read_rows
 from ..timing import Failure
 from .configurations import Configuration
 from .problem import Problem
@@ -125,26 +124,7 @@ def is_done(row: Mapping[str, Any], *, oracle: bool, timed: bool) -> bool:
 def known_rows(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     """Return the rows of a JSON-lines file by `key_of`, the last of each; no file is no rows.
 
-    Lines that are rows of something else are skipped.
-
     Raises:
         ArgumentError: a line is no JSON object.
     """
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    if not path.exists():
-        return found
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise ArgumentError(
-                f"--out {path}: line {number} is no JSON object, {line[:40]!r}; name another file, "
-                "or delete that line"
-            )
-        if FRONTIER_KEYS.keys() <= row.keys():
-            found[key_of(row)] = row
-    return found
+    return {key_of(row): row for row in read_rows(path, FRONTIER_KEYS)}
