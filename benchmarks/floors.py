@@ -2,9 +2,9 @@
 
 Runs, for the causal plan of the suite `tiles` and for the blocks of sort_lsh (b = m = 256), kernels
 that only read the rows of K and V that the lists name (what a forward has to read), or only add to
-the float32 gradients of those keys (what a backward by tiles has to add). No attention kernel that
-works tile by tile can be faster. The milliseconds stand beside those of the attention kernels in
-docs/notes/triton.md.
+the gradients of those keys (what a backward by tiles has to add), in float32 and in float16. No
+attention kernel that works tile by tile can be faster. The milliseconds stand beside those of the
+attention kernels in docs/notes/triton.md.
 
     python benchmarks/floors.py --out benchmarks/results/floors-h100.jsonl
 """
@@ -51,12 +51,12 @@ def scatter_kernel(
     dk_ptr, dv_ptr, index_ptr, count_ptr, num_keys, num_tiles, list_slots, count_step,
     D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add 1 to all rows of dK and dV (float32) that a tile's list names."""
+    """Add 1 to all rows of dK and dV that a tile's list names."""
     program = tl.program_id(0).to(tl.int64)
     head = program // num_tiles
     dim = tl.arange(0, D)
     count = tl.load(count_ptr + program * count_step)
-    ones = tl.full([BLOCK_N, D], 1.0, tl.float32)
+    ones = tl.full([BLOCK_N, D], 1.0, dk_ptr.dtype.element_ty)
     for start in range(0, count, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
         used = (slot < count)[:, None] & (dim >= 0)[None, :]
@@ -83,7 +83,10 @@ def main() -> None:
             torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator)
             for _ in range(3)
         )
-        sums = [torch.zeros(shape, device="cuda") for _ in range(2)]
+        sums = {
+            width: [torch.zeros(shape, device="cuda", dtype=dtype) for _ in range(2)]
+            for width, dtype in ((4, torch.float32), (2, torch.float16))
+        }
         for plan_name in PLANS:
             plan = plan_of(plan_name, query, key)
             view = view_of(plan, query)
@@ -94,14 +97,15 @@ def main() -> None:
             listed = int(counts.reshape(programs, step)[:, 0].sum())
             sizes = (options.length, view.num_tiles, index.shape[-1], step)
             gathered = (key, value, index, counts, out, *sizes)
-            scattered = (*sums, index, counts, *sizes)
+            scattered = {width: (*both, index, counts, *sizes) for width, both in sums.items()}
             calls: dict[str, tuple[Callable[[], object], int]] = {
                 name: (functools.partial(
                     kernel[(programs,)], *arguments, D=head_dim, BLOCK_N=64, num_warps=4
                 ), width)
                 for name, kernel, arguments, width in (
                     ("gather", gather_kernel, gathered, 2),
-                    ("scatter", scatter_kernel, scattered, 4),
+                    ("scatter", scatter_kernel, scattered[4], 4),
+                    ("scatter half", scatter_kernel, scattered[2], 2),
                 )
             }  # fmt: skip
             for kernel, (call, width) in calls.items():
@@ -115,7 +119,7 @@ def main() -> None:
                 }  # fmt: skip
                 rows.append(row)
                 rate = moved / taken / 1e9
-                print(f"{head_dim:>4} {plan_name:<7}{kernel:<8}{taken:>7.3f} ms {rate:6.2f} TB/s")
+                print(f"{head_dim:>4} {plan_name:<7}{kernel:<13}{taken:>7.3f} ms {rate:6.2f} TB/s")
     if options.out:
         append_rows(options.out, rows)
 

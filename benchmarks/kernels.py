@@ -25,13 +25,13 @@ from hyperframe import detectors, samplers
 from hyperframe.benchmarking.methods import tile_plan
 from hyperframe.benchmarking.report import append_rows
 from hyperframe.builder import build_plans
-from hyperframe.kernels.triton import attend
+from hyperframe.kernels.triton import attend, sample_gradients
 from hyperframe.kernels.triton.configs import OVERRIDES, Config
 from hyperframe.randomness import Stream
 
 PLANS = {
     "blocks": ("forward", "rows", "range", "sampled"),
-    "tiles": ("small forward", "scatter"),
+    "tiles": ("small forward", "tile backward"),
 }
 """The kernels that a plan runs, by their names in the table of `configs`."""
 
@@ -105,20 +105,20 @@ def launches(step: Callable[[], object], repeats: int) -> dict[str, tuple[float,
 
     step()
     torch.cuda.synchronize()
-    attend.launch = timed
+    attend.launch = sample_gradients.launch = timed
     try:
         for _ in range(repeats):
             step()
         torch.cuda.synchronize()
     finally:
-        attend.launch = launch
+        attend.launch = sample_gradients.launch = launch
     return {
         name: (statistics.median(start.elapsed_time(stop) for start, stop, _ in runs), runs[0][2])
         for name, runs in found.items()
     }
 
 
-_LAUNCHED_AS = {"small forward": "forward", "scatter": "rows"}
+_LAUNCHED_AS = {"small forward": "forward"}
 
 
 def main() -> None:

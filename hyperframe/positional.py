@@ -13,13 +13,15 @@ from math import gcd
 import torch
 
 from .errors import UnsupportedError
+from .kernels.joined import side_by_side
 from .kernels.layout import can_lay_out, tile_lists
 from .kernels.lists import best_distinct
 from .masks import BandMask, HeavyMask, ListMask, RangeMask
 from .plan import RankRanges, TilePlan
-from .ragged import append_lists, concatenate_lists, join_padded, spread_heads
+from .ragged import append_lists, concatenate_lists, spread_heads
 from .rowsums import RowSumRule
 from .samples import KeySample, SampleDraw, Summaries
+from .tables import spaced
 
 __all__ = ["NO_SUMMARIES", "POSITION_TILE", "excluded_ranges", "position_plan", "tile_ends"]
 
@@ -144,20 +146,22 @@ def _laid_out(
     shape: tuple[int, int, int], tile_size: int, sample: KeySample | None, rule: RowSumRule | None,
 ) -> TilePlan:  # fmt: skip
     """Plan of everything laid out by position, where tiles have lists of their own: one launch."""
+    if band is not None and mask.is_causal and band.left >= tile_size - 1:
+        lists = [part for part in lists if not part.is_own]  # the band has these keys
     pieces = [(_int32(part.key_index), part.key_count) for part in lists]
     if not pieces:
         index, count = concatenate_lists(pieces, shape, mask.device)
     elif len(lists) == 1 and lists[0].is_ascending:
         index, count = pieces[0]
     else:
-        joined, used = join_padded(pieces, shape, mask.num_keys)
+        joined, used = side_by_side(pieces, shape, fill=mask.num_keys)
         start, stop = 0, None
         if band is not None:
             start = min(band.num_sinks, mask.num_keys)
             if mask.is_causal:
                 # from here on all rows of a tile that see a key hold it by the band
-                last = torch.arange(1, shape[2] + 1, device=mask.device) * tile_size - 1
-                stop = last + mask.position_offset - band.left
+                from_here = tile_size - 1 + mask.position_offset - band.left
+                stop = spaced(shape[2], tile_size, from_here, mask.device)
         index, count = best_distinct(
             joined, None, limit=mask.num_keys, k=max(1, joined.shape[-1]), count=used, start=start,
             stop=stop,
@@ -207,9 +211,9 @@ def _common_tile(lists: list[ListMask], num_queries: int, per_tile: bool) -> int
 def tile_ends(mask: HeavyMask, tile_size: int) -> torch.Tensor:
     """Return how many keys the last row of each tile may see: int64 `[tiles]`."""
     num_tiles = -(-mask.num_queries // tile_size)
-    last_row = torch.arange(1, num_tiles + 1, device=mask.device) * tile_size
-    ends = last_row.clamp(max=mask.num_queries) + mask.position_offset
-    return ends.clamp(min=0, max=mask.num_keys)
+    offset = mask.position_offset
+    last = max(0, min(mask.num_queries + offset, mask.num_keys))
+    return spaced(num_tiles, tile_size, tile_size + offset, mask.device, low=0, high=last)
 
 
 def _union_of_bands(bands: list[BandMask]) -> BandMask | None:

@@ -18,11 +18,20 @@ from typing import Any, TypeVar
 import torch
 
 from .errors import ArgumentError, ArgumentTypeError
-from .kernels.ops.random import random_normal, random_uniform
+from .kernels.ops.random import (
+    prefix_draws,
+    random_normal,
+    random_uniform,
+    range_draws,
+    spread_range_draws,
+    weigh_prefix_draws,
+)
 
 __all__ = [
     "Stream",
     "check_generator",
+    "draws_in_prefixes",
+    "draws_in_ranges",
     "fold_in",
     "make_generator",
     "normal",
@@ -107,6 +116,52 @@ class Stream:
         steps = 2 / torch.finfo(dtype).eps  # rounding to nearest could return 1
         return ((drawn * steps).floor() / steps).to(dtype)
 
+    def in_prefixes(
+        self, prefixes: torch.Tensor, shape: tuple[int, int, int, int], num_keys: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return uniform draws from prefixes of the keys, as `uniform` and a product give.
+
+        Args:
+            prefixes: int64 `[tiles]`, lengths.
+            shape: `(batch, heads, tiles, m)`.
+            num_keys: keys of the call.
+
+        Returns:
+            Keys, int64 of that shape, and log weights, float32 `[tiles, m]`: see
+            `kernels.ops.random.weigh_prefix_draws`.
+        """
+        source = self.next_draw(prefixes.device)
+        return prefix_draws(*source, prefixes, shape, num_keys)
+
+    def next_draw(self, device: torch.device) -> tuple[torch.Tensor, int]:
+        """Return what the next draw follows from, for operators that draw by themselves.
+
+        Args:
+            device: where they run.
+
+        Returns:
+            The seed, on the device, and the number of the draw, as `kernels.ops.random` takes them.
+        """
+        return self._seed_on(device).to(device), self._next()
+
+    def in_ranges(
+        self, start: torch.Tensor, length: torch.Tensor, shape: tuple[int, int, int, int]
+    ) -> torch.Tensor:
+        """Return uniform draws from ranges of the keys, as `uniform` and a product give.
+
+        Args:
+            start: int64 `[ranges, 1]`, the first key of each.
+            length: float64 `[ranges, 1]`, how many keys each has.
+            shape: `(batch, heads, ranges, m)`.
+
+        Returns:
+            Keys, int64 of that shape: see `kernels.ops.random.spread_range_draws`.
+        """
+        seed = self._seed_on(start.device)
+        if seed.device != start.device:
+            return spread_range_draws(self.uniform(shape, start.device), start, length)
+        return range_draws(seed, self._next(), start, length, shape)
+
     def normal(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
         """Return float32 draws from the standard normal distribution."""
         return random_normal(self._seed_on(device), self._next(), shape).to(device)
@@ -152,6 +207,24 @@ def uniform(
         return generator.uniform(shape, device, dtype)
     source = device if generator is None else generator.device
     return torch.rand(shape, generator=generator, dtype=dtype, device=source).to(device)
+
+
+def draws_in_prefixes(
+    prefixes: torch.Tensor, shape: tuple[int, int, int, int], num_keys: int,
+    generator: torch.Generator | Stream | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return keys drawn uniformly from prefixes, and log weights; see `Stream.in_prefixes`."""
+    if isinstance(generator, Stream):
+        return generator.in_prefixes(prefixes, shape, num_keys)
+    return weigh_prefix_draws(uniform(shape, prefixes.device, generator), prefixes, num_keys)
+
+
+def draws_in_ranges(
+    start: torch.Tensor, length: torch.Tensor, shape: tuple[int, int, int, int],
+    generator: torch.Generator | Stream | None,
+) -> torch.Tensor | None:  # fmt: skip
+    """Return keys drawn uniformly from ranges by a stream, see `Stream.in_ranges`, or None."""
+    return generator.in_ranges(start, length, shape) if isinstance(generator, Stream) else None
 
 
 def normal(

@@ -31,6 +31,8 @@ def check_inputs(
         ArgumentError: shapes, devices or dtypes that do not fit, a length of 0, a head dimension
             above 256, or values that are not finite.
     """
+    if not check_finite and _fit(query, key, value):
+        return query, key, value  # type: ignore[return-value]
     tensors = []
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, torch.Tensor):
@@ -76,6 +78,28 @@ def check_inputs(
                     "where they come from, or clamp them first"
                 )
     return q, k, v
+
+
+def _fit(q: object, k: object, v: object) -> bool:
+    """Whether there is nothing to refuse: a call looks at the same tensors several times."""
+    if torch.compiler.is_compiling() or not (
+        isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
+    ):
+        return False
+    of_query, of_key, of_value = q.shape, k.shape, v.shape
+    return (
+        len(of_query) == len(of_key) == len(of_value) == 4
+        and q.dtype in _DTYPES
+        and q.dtype == k.dtype == v.dtype
+        and q.device == k.device == v.device
+        and of_query[0] == of_key[0]
+        and of_key[:3] == of_value[:3]
+        and of_query[3] == of_key[3] <= MAX_HEAD_DIM
+        and of_value[3] <= MAX_HEAD_DIM
+        and 0 not in of_query
+        and 0 not in of_value
+        and of_query[1] % of_key[1] == 0
+    )
 
 
 def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -48,6 +48,14 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
         {"detector": "vertical_slash(num_columns=8, num_diagonals=8, tile_size=16)"},
         True,
     ),
+    "the best of several, single pass": (
+        {
+            "detector": "refined(candidates='sliding_window(width=16) | vertical_slash(num_columns="
+            "8, num_diagonals=8, num_queries=2, num_segments=4, tile_size=8) | pooled_topk("
+            "block_size=8, num_blocks=2, tile_size=8)', num_keys=12, tile_size=8)"
+        },
+        True,
+    ),
     "tree, single pass": (
         {"detector": "pca_tree(leaf_size=8, num_leaves=2, tile_size=16, chunk_size=32)"},
         True,

@@ -12,6 +12,7 @@ import torch
 from hyperframe.errors import ArgumentError, ArgumentTypeError
 from hyperframe.masks import BandMask, BlockMask, HeavyMask, ListMask, RangeMask, UnionMask
 from hyperframe.masks import base as masks_module
+from hyperframe.masks.base import Problem
 
 
 def band(
@@ -303,3 +304,20 @@ def test_orders_that_are_none_are_refused(change: dict[str, Any], message: str) 
 def test_orders_of_another_dtype_are_refused() -> None:
     with pytest.raises(ArgumentTypeError, match="key_order has dtype torch"):
         blocks(key_order=torch.arange(6.0).view(1, 1, 6)).validate()
+
+
+@pytest.mark.parametrize("offset", [None, -9, -5, 0, 3, 40])
+@pytest.mark.parametrize("tile_size", [1, 4, 7, 20])
+def test_own_keys_are_those_at_the_positions_of_a_tile(tile_size: int, offset: int | None) -> None:
+    for num_keys in (20, 24, 13):
+        problem = Problem(
+            batch_size=2, num_query_heads=3, num_queries=20, num_keys=num_keys, is_causal=False,
+            query_offset=offset,
+        )  # fmt: skip
+        mask = ListMask.own_keys(problem, tile_size=tile_size, device=torch.device("cpu"))
+        mask.validate()
+        tile = (torch.arange(20).unsqueeze(-1) // tile_size) * tile_size
+        key = torch.arange(num_keys) - (num_keys - 20 if offset is None else offset)
+        expected = (key >= tile) & (key < tile + tile_size)
+        assert torch.equal(mask.to_dense(), expected.expand(2, 3, -1, -1))
+        assert mask.is_own

@@ -23,6 +23,7 @@ from hyperframe.masks import ListMask
 from hyperframe.randomness import (
     Stream,
     check_generator,
+    draws_in_prefixes,
     fold_in,
     make_generator,
     normal,
@@ -234,6 +235,12 @@ def test_operators_are_registered_as_torch_wants(op: str, seed: torch.Tensor) ->
     operator = getattr(torch.ops.hyperframe, op).default
     for shape in ((4, 5), (), (0, 3)):
         torch.library.opcheck(operator, (seed, 1, shape))
+
+
+def test_draws_from_ranges_are_registered_as_torch_wants() -> None:
+    start, length = torch.tensor([[3], [0]]), torch.tensor([[4.0], [900.0]], dtype=torch.float64)
+    given = (torch.tensor(-7), 2, start, length, (2, 1, 2, 5))
+    torch.library.opcheck(torch.ops.hyperframe.range_draws.default, given)
 
 
 def chi_square(counts: torch.Tensor) -> float:
@@ -466,3 +473,16 @@ def test_all_built_in_components_take_streams() -> None:
     for registry in (detectors, samplers, estimators):
         for name in registry.names():
             assert registry.create(name).takes_stream, name
+
+
+def test_draws_in_prefixes_are_those_of_the_same_source() -> None:
+    prefixes, shape = torch.tensor([3, 4, 5, 900]), (2, 3, 4, 4)
+    by_stream, weight = draws_in_prefixes(prefixes, shape, 999, Stream(7))
+    drawn = Stream(7).uniform(shape, prefixes.device)
+    taken = (drawn * prefixes.unsqueeze(-1)).long()
+    assert torch.equal(by_stream[:, :, 2:], taken[:, :, 2:])
+    assert by_stream[0, 0, 0].tolist() == [0, 1, 2, 3]  # of a short one every key, once
+    assert weight.exp()[:2].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    by_generator, _ = draws_in_prefixes(prefixes, shape, 999, torch.Generator().manual_seed(1))
+    drawn = torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert torch.equal(by_generator[:, :, 3], (drawn * 900).long()[:, :, 3])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
+import pytest
 import torch
 
-from hyperframe.tables import int_table, kept
+from hyperframe import tables
+from hyperframe.tables import consecutive, int_table, kept, kept_few, spaced
 
 CPU = torch.device("cpu")
 
@@ -54,3 +58,70 @@ def test_compiled_code_makes_its_own_table_in_one_graph() -> None:
     expected = shifted(x)
     compiled = torch.compile(shifted, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), expected)
+
+
+def test_numbers_are_spaced_and_held_between_bounds() -> None:
+    assert spaced(4, 3, -2, CPU).tolist() == [-2, 1, 4, 7]
+    assert spaced(4, 3, -2, CPU, low=0, high=5, dtype=torch.int32).tolist() == [0, 1, 4, 5]
+    assert spaced(3, -2, 9, CPU, high=7).tolist() == [7, 7, 5]
+    assert spaced(0, 1, 0, CPU).shape == (0,)
+    assert spaced(4, 3, -2, CPU) is spaced(4, 3, -2, CPU)
+    assert consecutive(2, 5, CPU).tolist() == [2, 3, 4]
+
+
+def test_of_larger_tables_only_the_latest_stay() -> None:
+    calls = []
+
+    @kept_few
+    def table(size: int) -> torch.Tensor:
+        calls.append(size)
+        return torch.zeros(size)
+
+    for size in (*range(20), 19, 0):
+        table(size)
+    assert calls == [*range(20), 0]
+
+
+def test_nothing_is_kept_that_was_made_while_a_graph_is_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a graph writes is not there before it runs; what it reads has to stay."""
+    calls = []
+
+    @kept
+    def table(size: int) -> torch.Tensor:
+        calls.append(size)
+        return torch.zeros(size)
+
+    before = table(3)
+    monkeypatch.setattr(tables, "_READ_BY_GRAPHS", {})
+    monkeypatch.setattr(tables, "_is_capturing", lambda: True)
+    assert table(3) is before
+    assert table(4) is not table(4)  # of the graph
+    assert calls == [3, 4, 4]
+    # made where the graph can make it: a copy from the host would be refused
+    assert tables.maker_device(torch.device("meta")).type == "meta"
+    assert spaced(7, 11, 13, torch.device("meta")).device.type == "meta"
+    assert list(tables._READ_BY_GRAPHS.values()) == [before]
+    monkeypatch.setattr(tables, "_is_capturing", lambda: False)
+    assert tables.maker_device(torch.device("meta")).type == "cpu"
+    assert table(4) is table(4)
+
+
+def test_a_table_of_a_gpu_is_made_where_no_graph_claims_its_memory() -> None:
+    threads = []
+
+    def make() -> torch.Tensor:
+        threads.append(threading.get_ident())
+        return torch.zeros(3)
+
+    with torch.inference_mode():
+        table = tables._made_apart(make)
+    assert not table.is_inference()
+    assert threads != [threading.get_ident()]
+
+    def fail() -> torch.Tensor:
+        raise ValueError("no such table")
+
+    with pytest.raises(ValueError, match="no such table"):
+        tables._made_apart(fail)

@@ -22,7 +22,6 @@ from matplotlib.patches import Patch
 
 from hyperframe.sketching.columns import ColumnProblem
 from hyperframe.sketching.count_sketch import BRANCHING, CountSketch
-from hyperframe.sketching.dyadic import MAX_REPETITIONS
 
 HERE = Path(__file__).parent
 ROWS = HERE.parents[1] / "benchmarks" / "results" / "sketches.jsonl"
@@ -44,7 +43,7 @@ def draw_descent(path: Path) -> None:
         1, num_rows=NUM_ROWS, width=WIDTH, repetitions=REPETITIONS, device=torch.device("cpu"),
         generator=g,
     )  # fmt: skip
-    unit = MAX_REPETITIONS // REPETITIONS
+    unit = min(15, 127 // REPETITIONS)
     least = -(-REPETITIONS * unit // 5)
     figure, axes = plt.subplots(len(drawn.levels), 1, figsize=(9, 5.6))
     kept = torch.arange(drawn.levels[0])

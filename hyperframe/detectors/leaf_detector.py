@@ -16,15 +16,16 @@ from ..clustering.runs import equal_runs, gather_runs
 from ..component import check_positive_int
 from ..errors import ArgumentError
 from ..kernels.leaves import leaf_means
-from ..masks import HeavyMask, ListMask
-from ..ragged import concatenate_lists
+from ..masks import HeavyMask, ListMask, UnionMask
+from ..masks.base import Problem
+from ..tables import kept_few, maker_device, spaced
 from .base import AbstractDetector, default_scale
 from .leaves import Leaves, SeenLeaves, best_leaves, lists_of_leaves, tile_voters
 
-__all__ = ["AbstractLeafDetector"]
+__all__ = ["AbstractLeafDetector", "Blocks"]
 
 
-class _Blocks(NamedTuple):
+class Blocks(NamedTuple):
     """Blocks of consecutive keys of one size, whose keys are ordered together."""
 
     start: int
@@ -131,15 +132,15 @@ class AbstractLeafDetector(AbstractDetector):
         with torch.no_grad():
             block = self._longest_block(num_keys)
             whole, rest = num_keys // block, num_keys % block
-            blocks = [_Blocks(0, block, block, whole), _Blocks(num_keys - rest, rest, rest, 1)]
+            blocks = [Blocks(0, block, block, whole), Blocks(num_keys - rest, rest, rest, 1)]
             blocks = [run for run in blocks if run.blocks and run.size]
             early = query[:, :, :0] if earlier_query is None else earlier_query
             points = self._points(early if strict else query, key)
             leaves = self._leaves(key, points, blocks, generator)
             num_leaves = leaves.mean.shape[2]
-            far = torch.full((-(-num_queries // size),), num_leaves, device=query.device)
+            far = spaced(-(-num_queries // size), 0, num_leaves, query.device)
             none = far.new_zeros((len(far), 0))
-            seen = SeenLeaves(num_leaves, far, none, none.bool())
+            seen = SeenLeaves(num_leaves, far, none, none.bool(), far)
             index, count = self._choose(
                 query, key, leaves, seen, scale, earlier_query, strict=strict
             )
@@ -149,7 +150,7 @@ class AbstractLeafDetector(AbstractDetector):
     def _causal(
         self, query: torch.Tensor, key: torch.Tensor, scale: float | None,
         generator: torch.Generator | None, *, strict: bool,
-    ) -> ListMask:  # fmt: skip
+    ) -> HeavyMask:  # fmt: skip
         """Leaves of blocks before every tile, and its own keys."""
         num_queries, num_keys = query.shape[2], key.shape[2]
         offset = num_keys - num_queries
@@ -158,9 +159,7 @@ class AbstractLeafDetector(AbstractDetector):
         # a tile begins behind `first` keys and whole units
         units_before, first = offset // unit, offset % unit
         last_begin = (num_tiles - 1) * size + offset
-        tile = torch.arange(num_tiles, device=query.device)
-        begin = tile * size + offset
-        pieces = []
+        masks = []
         with torch.no_grad():
             blocks = self._causal_blocks(first, (last_begin - first) // unit)
             if blocks:
@@ -168,19 +167,21 @@ class AbstractLeafDetector(AbstractDetector):
                 early = query[:, :, : max(0, first + unit - offset)]
                 points = self._points(early if strict else query, key)
                 leaves = self._leaves(key, points, blocks, generator)
-                seen = self._seen((tile + units_before).clamp(min=0), blocks)
-                pieces.append(self._choose(query, key, leaves, seen, scale, None, strict=strict))
+                longest, _ = self._sizes()
+                seen = _seen_leaves(
+                    num_tiles, units_before, tuple(blocks), unit, longest, query.device
+                )
+                chosen = self._choose(query, key, leaves, seen, scale, None, strict=strict)
+                masks.append(_mask(query, key, *chosen, size, is_causal=True))
             if first and last_begin >= 0:
                 head = torch.arange(first, dtype=torch.int32, device=key.device)
+                begin = spaced(num_tiles, size, offset, query.device)
                 count = torch.where(begin >= 0, first, 0)
-                pieces.append((head.expand(1, 1, num_tiles, -1), count[None, None]))
-            start, stop = begin.clamp(min=0), (begin + size).clamp(min=0, max=num_keys)
-            own = start.unsqueeze(-1) + torch.arange(min(size, num_keys), device=key.device)
-            own = own.clamp(max=num_keys - 1).int()
-            pieces.append((own[None, None], (stop - start).clamp(min=0)[None, None]))
-            shape = (*query.shape[:2], num_tiles)
-            index, count = concatenate_lists(pieces, shape, query.device)
-        return _mask(query, key, index, count, size, is_causal=True)
+                shape = (*query.shape[:2], num_tiles)
+                lists = head.expand(*shape, -1), count.expand(shape)
+                masks.append(_mask(query, key, *lists, size, is_causal=True))
+            own = ListMask.own_keys(_problem(query, key, True), tile_size=size, device=key.device)
+        return UnionMask.of(*masks, own)
 
     def _choose(
         self, query: torch.Tensor, key: torch.Tensor, leaves: Leaves, seen: SeenLeaves,
@@ -198,39 +199,21 @@ class AbstractLeafDetector(AbstractDetector):
         )  # fmt: skip
         return lists_of_leaves(chosen, leaves, seen)
 
-    def _causal_blocks(self, first: int, units: int) -> list[_Blocks]:
+    def _causal_blocks(self, first: int, units: int) -> list[Blocks]:
         """Return the chunks behind the first keys, then the even blocks of each smaller size.
 
         Those that some tile uses, if there are `units` tiles of keys before the last one.
         """
         size = self._largest_chunk()
-        blocks = [_Blocks(first, size, size, max(0, units * self.tile_size // size))]
+        blocks = [Blocks(first, size, size, max(0, units * self.tile_size // size))]
         while size > self.tile_size:
             size //= 2
             count = (units * self.tile_size // size + 1) // 2
-            blocks.append(_Blocks(first, size, 2 * size, max(0, count)))
+            blocks.append(Blocks(first, size, 2 * size, max(0, count)))
         return [run for run in blocks if run.blocks]
 
-    def _seen(self, before: torch.Tensor, blocks: list[_Blocks]) -> SeenLeaves:
-        """Return the leaves of the blocks that cover the units before each tile, `[tiles]`."""
-        longest, _ = self._sizes()
-        num_far, far, total = 0, torch.zeros_like(before), 0
-        near = [before.new_zeros((len(before), 0))]
-        is_near = [near[0].bool()]
-        for run in blocks:
-            units, per_block = run.size // self.tile_size, num_equal_runs(run.size, longest)
-            if run.step == run.size:
-                num_far, far = run.blocks * per_block, before // units * per_block
-            else:
-                number = (before // (2 * units)).clamp(max=run.blocks - 1).unsqueeze(-1)
-                leaf = torch.arange(per_block, device=before.device)
-                near.append(total + number * per_block + leaf)
-                is_near.append((before // units % 2 > 0).unsqueeze(-1).expand(-1, per_block))
-            total += run.blocks * per_block
-        return SeenLeaves(num_far, far, torch.cat(near, dim=1), torch.cat(is_near, dim=1))
-
     def _leaves(
-        self, key: torch.Tensor, points: torch.Tensor, blocks: list[_Blocks],
+        self, key: torch.Tensor, points: torch.Tensor, blocks: list[Blocks],
         generator: torch.Generator | None,
     ) -> Leaves:  # fmt: skip
         """Put the keys of each block into leaves by their points."""
@@ -259,7 +242,48 @@ def _mask(
     tile_size: int, *, is_causal: bool, blocks: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> ListMask:  # fmt: skip
     return ListMask(
-        batch_size=query.shape[0], num_query_heads=query.shape[1], num_queries=query.shape[2],
-        num_keys=key.shape[2], is_causal=is_causal, key_index=index, key_count=count,
-        tile_size=tile_size, blocks=blocks,
+        **_problem(query, key, is_causal), key_index=index, key_count=count, tile_size=tile_size,
+        blocks=blocks,
     )  # fmt: skip
+
+
+def _problem(query: torch.Tensor, key: torch.Tensor, is_causal: bool) -> Problem:
+    return Problem(
+        batch_size=query.shape[0], num_query_heads=query.shape[1], num_queries=query.shape[2],
+        num_keys=key.shape[2], is_causal=is_causal, query_offset=None,
+    )  # fmt: skip
+
+
+@kept_few
+def _seen_leaves(
+    num_tiles: int, units_before: int, blocks: tuple[Blocks, ...], unit: int, longest: int,
+    device: torch.device,
+) -> SeenLeaves:  # fmt: skip
+    """Return the leaves of the blocks that cover the units of keys before each tile.
+
+    Args:
+        num_tiles: tiles of rows.
+        units_before: units of keys before the first tile, or less than 0.
+        blocks: the blocks.
+        unit: keys of a unit.
+        longest: keys of a leaf, at most.
+        device: where the tables are used.
+    """
+    before = torch.arange(num_tiles, device=maker_device(device)) + units_before
+    before = before.clamp(min=0)
+    num_far, far, total = 0, torch.zeros_like(before), 0
+    near = [before.new_zeros((num_tiles, 0))]
+    is_near = [near[0].bool()]
+    for run in blocks:
+        units, per_block = run.size // unit, num_equal_runs(run.size, longest)
+        if run.step == run.size:
+            num_far, far = run.blocks * per_block, before // units * per_block
+        else:
+            number = (before // (2 * units)).clamp(max=run.blocks - 1).unsqueeze(-1)
+            leaf = torch.arange(per_block, device=before.device)
+            near.append(total + number * per_block + leaf)
+            is_near.append((before // units % 2 > 0).unsqueeze(-1).expand(-1, per_block))
+        total += run.blocks * per_block
+    tables = (far, torch.cat(near, dim=1), torch.cat(is_near, dim=1))
+    num_seen = far + tables[2].sum(dim=-1)
+    return SeenLeaves(num_far, *(table.to(device) for table in (*tables, num_seen)))

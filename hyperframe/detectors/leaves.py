@@ -9,6 +9,7 @@ import torch
 from ..kernels import leaves as kernels
 from ..ragged import keep_in_lists
 from ..samplers.pooled import pooled_queries, run_lengths
+from ..tables import kept, maker_device, spaced
 
 __all__ = ["Leaves", "SeenLeaves", "best_leaves", "leaf_scores", "lists_of_leaves", "tile_voters"]
 
@@ -17,7 +18,7 @@ class Leaves(NamedTuple):
     """Groups of keys that a tile holds as a whole or not at all.
 
     Attributes:
-        keys: int64 `[batch, key_heads, leaves, longest]`, the keys of each leaf.
+        keys: integer `[batch, key_heads, leaves, longest]`, the keys of each leaf.
         sizes: int64 `[leaves]`, how many of them there are; at least 1.
         mean: `[batch, key_heads, leaves, d]`, the mean keys, in float32 at least.
         is_even: whether all leaves have `longest` keys.
@@ -37,12 +38,14 @@ class SeenLeaves(NamedTuple):
         far: int64 `[tiles]`: a tile sees that many far leaves, the first ones.
         near: int64 `[tiles, near]`, further leaves that a tile may see.
         is_near: bool `[tiles, near]`, whether it sees them.
+        num_seen: int64 `[tiles]`, how many it sees; None where nobody has counted.
     """
 
     num_far: int
     far: torch.Tensor
     near: torch.Tensor
     is_near: torch.Tensor
+    num_seen: torch.Tensor | None = None
 
 
 def tile_voters(
@@ -65,14 +68,18 @@ def tile_voters(
     """
     length = query.shape[2]
     num_tiles = -(-length // tile_size)
-    tile = torch.arange(num_tiles, device=query.device)
     if length % tile_size != 0:  # padding by nothing would copy
         query = torch.nn.functional.pad(query, (0, 0, 0, num_tiles * tile_size - length))
     tiles = query.unflatten(2, (num_tiles, tile_size))
     if not strict:
-        rows = (length - tile * tile_size).clamp(max=tile_size)
-        means = pooled_queries(tiles, rows, num_means)
-        return means, run_lengths(rows, tile_size, num_means) > 0
+        votes = _runs_of_rows(length, tile_size, num_means, query.device)
+        if length % tile_size == 0 and tile_size % num_means == 0:
+            runs = tiles.unflatten(3, (num_means, -1))
+            dtype = torch.promote_types(query.dtype, torch.float32)
+            return runs.mean(dim=4, dtype=dtype), votes
+        rows = spaced(num_tiles, -tile_size, length, query.device, high=tile_size)
+        return pooled_queries(tiles, rows, num_means), votes
+    tile = torch.arange(num_tiles, device=query.device)
     first = query[:, :, :0] if earlier_query is None else earlier_query[:, :, -tile_size:]
     before = torch.nn.functional.pad(first, (0, 0, 0, tile_size - first.shape[2])).unsqueeze(2)
     rows = torch.where(tile > 0, tile_size, first.shape[2])
@@ -80,6 +87,16 @@ def tile_voters(
     means = torch.cat([means, tiles[:, :, :, :1].to(means.dtype)], dim=3)
     votes = run_lengths(rows, tile_size, num_means) > 0
     return means, torch.nn.functional.pad(votes, (0, 1), value=True)
+
+
+@kept
+def _runs_of_rows(
+    length: int, tile_size: int, num_means: int, device: torch.device
+) -> torch.Tensor:
+    """Return which runs of the tiles of some rows have any: bool `[tiles, runs]`."""
+    tiles = torch.arange(-(-length // tile_size), device=maker_device(device))
+    rows = (length - tiles * tile_size).clamp(max=tile_size)
+    return (run_lengths(rows, tile_size, num_means) > 0).to(device)
 
 
 def leaf_scores(
@@ -144,8 +161,10 @@ def lists_of_leaves(
     flat = chosen.reshape(batch, key_heads, -1, 1).expand(-1, -1, -1, longest)
     index = leaves.keys.int().gather(2, flat).view(batch, heads, num_tiles, num_chosen * longest)
     # leaves that are not seen have the last scores
-    num_seen = (seen.far + seen.is_near.sum(dim=-1)).clamp(max=num_chosen)
-    count = (num_seen * longest).expand(batch, heads, -1)
+    num_seen = seen.num_seen
+    if num_seen is None:
+        num_seen = seen.far + seen.is_near.sum(dim=-1)
+    count = (num_seen.clamp(max=num_chosen) * longest).expand(batch, heads, -1)
     if leaves.is_even:
         return index, count
     slot = torch.arange(longest, device=chosen.device)

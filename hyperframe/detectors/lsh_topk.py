@@ -26,6 +26,7 @@ __all__ = ["LSHTopK"]
 
 _KEYS_PER_BUCKET, _FEWEST_DIRECTIONS = 128, 8
 _RUN_OF_ROWS = 64  # rows centred together, where a tile is one row
+_ALL_ROWS, _STEP = 16384, 8  # of more rows runs are longer, and fewer of a run are in a mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,9 @@ class LSHTopK(AbstractDetector):
     """Keys that single rows of a tile attend to sharply, found by hashing centred vectors.
 
     In each round queries and keys are rotated at random after their mean was taken away, and the
-    bucket of a vector is the largest coordinate of `[y R; -y R]`. A row scores some keys of its
-    bucket exactly and keeps the best. Of what its rows keep in all rounds a tile holds the
+    bucket of a vector is the largest coordinate of `[y R; -y R]`; more than `2 d` buckets (of a
+    number that 4 divides) are pairs of such coordinates, for two rotations. A row scores some keys
+    of its bucket exactly and keeps the best. Of what its rows keep in all rounds a tile holds the
     `num_keys` keys with the largest softmax mass, summed over rows; the normaliser of a row is made
     of the keys that it found and of some that are evenly spread.
 
@@ -46,7 +48,8 @@ class LSHTopK(AbstractDetector):
     `tile_size`, by the mean of all runs before, so that nothing later moves a bucket; those of the
     first run stay as they are. Without a mask the means are those of all rows and keys, and a row
     looks at the `reach` places of its bucket around the one where a key at its own position (row
-    `i` is at `i + n_k - n_q`) would stand.
+    `i` is at `i + n_k - n_q`) would stand. Of more than 16,384 rows or keys runs are 8 times as
+    long, and every eighth one (of a run) is in a mean.
 
     In the strict form the `tile_size` rows that end with the tile's first one find its keys, each
     those before itself under `is_causal`, and queries are centred by earlier ones in either case.
@@ -61,11 +64,15 @@ class LSHTopK(AbstractDetector):
         num_keys: keys held by a tile, beside its own under `is_causal`; a float is a fraction of
             all keys.
         num_buckets: buckets of a round, an even number. None: about one for 64 keys, at least 16,
-            and at most `2 d`.
+            and at most `2 d`. Fewer find more of what is near, as a row then shares its bucket with
+            more of the keys before it; with more, `reach` looks back for longer.
         reach: keys of its bucket that a row scores in a round, at most.
         min_offset: under `is_causal`, keys nearer than this before a row (or before its tile, where
             the tile's own rows choose) are not looked at: for use beside a window.
         tile_size: rows of a tile.
+        votes: keys that a row votes for, of those that it found in all rounds: the ones with the
+            largest shares of its softmax. None: all. Fewer make a tile's choice cheaper. Single
+            rows keep what they found in any case.
 
     Cost: O(rounds n d (num_buckets + reach)) time, and O(rounds n_q keep) memory beside bounded
     chunks. Random; no gradient.
@@ -94,6 +101,7 @@ class LSHTopK(AbstractDetector):
     reach: int = 64
     min_offset: int = 0
     tile_size: int = 64
+    votes: int | None = None
 
     def __post_init__(self) -> None:
         """Check the parameters."""
@@ -101,6 +109,8 @@ class LSHTopK(AbstractDetector):
         for name in ("num_rounds", "keep", "reach", "tile_size"):
             check_positive_int(self, name, getattr(self, name))
         check_non_negative_int(self, "min_offset", self.min_offset)
+        if self.votes is not None:
+            check_positive_int(self, "votes", self.votes)
         if self.num_buckets is None:
             return
         check_positive_int(self, "num_buckets", self.num_buckets)
@@ -147,20 +157,23 @@ class LSHTopK(AbstractDetector):
             position = row + (offset - (size - 1 if strict else 0))
             edge = position if strict or not is_causal else begin[row // size]
             edge = edge - self.min_offset if is_causal else edge
-            query_order, _ = bucket_order(query_code, buckets=buckets)
-            key_order, bounds = bucket_order(key_code, buckets=buckets)
-            low, high = bucket_ranges(
-                query_code, edge.clamp(0, num_keys).int(), bounds, key_order, reach=self.reach,
-                is_causal=is_causal,
+            query_order, _, _ = bucket_order(query_code, buckets=buckets)
+            key_order, bounds, counts = bucket_order(key_code, buckets=buckets)
+            ranges = bucket_ranges(
+                query_code, edge.clamp(0, num_keys).int(), bounds, counts, key_order,
+                reach=self.reach, is_causal=is_causal,
             )  # fmt: skip
             index, score = bucket_topk(
-                voters, query_order, key, key_order, low, high, reach=self.reach, keep=self.keep,
+                voters, query_order, key, key_order, ranges, reach=self.reach, keep=self.keep,
                 scale=scale,
             )  # fmt: skip
             if self.tile_size == 1:
                 weight = _own_votes(index, score)
             else:
-                weight = bucket_votes(voters, key, index, score, before, size=size, scale=scale)
+                index, weight = bucket_votes(
+                    voters, key, index, score, before, size=size,
+                    votes=min(self.votes or index.shape[-1], index.shape[-1]), scale=scale,
+                )  # fmt: skip
             lacking = num_tiles * size - voters.shape[2]
             if lacking:
                 # rows that the last tile does not have found nothing
@@ -199,29 +212,36 @@ class LSHTopK(AbstractDetector):
         came earlier is centred by its own mean.
         """
         batch, key_heads, num_keys, head_dim = key.shape
-        shape = (self.num_rounds, batch, key_heads, head_dim, self._buckets(key) // 2)
+        first, second = _directions(self._buckets(key), head_dim)
+        shape = (self.num_rounds, batch, key_heads, head_dim, first + second)
         rotation = rounded_planes(normal(shape, key.device, generator), key.dtype)
         unit = self.tile_size if self.tile_size > 1 else _RUN_OF_ROWS
-        run = unit if is_causal else num_keys
-        key_code = _codes(key, rotation, _means(key, run, runs_before=is_causal), run)
+        run = _run_of(unit, num_keys) if is_causal else num_keys
+        key_code = _codes(key, rotation, second, _means(key, run, runs_before=is_causal), run)
         size = min(self.tile_size, query.shape[2])
         if not strict:
-            run = min(unit, query.shape[2]) if is_causal else query.shape[2]
+            run = _run_of(unit, query.shape[2]) if is_causal else query.shape[2]
             means = _means(query, run, runs_before=is_causal)
-            return query, _codes(query, rotation, means, run), key_code
+            return query, _codes(query, rotation, second, means, run), key_code
         early = query[:, :, :0] if earlier_query is None else earlier_query
-        run = min(unit, query.shape[2])
-        code = _codes(query, rotation, _means(query, run, runs_before=True, earlier=early), run)
+        run = _run_of(unit, query.shape[2])
+        means = _means(query, run, runs_before=True, earlier=early)
+        code = _codes(query, rotation, second, means, run)
         count, num_voters = size - 1, -(-query.shape[2] // size) * size
         last = early[:, :, max(0, early.shape[2] - count) :]
         early_code = None
         if last.shape[2]:
             means = _means(early, early.shape[2], runs_before=False)
-            early_code = _codes(last, rotation, means, last.shape[2]).movedim(0, -1)
+            early_code = _codes(last, rotation, second, means, last.shape[2]).movedim(0, -1)
         codes = code.movedim(0, -1)  # rows of codes, as there are rows of queries
         codes = delayed(codes, early_code, count)[:, :, :num_voters].movedim(-1, 0).contiguous()
         voters = delayed(query, None if early_code is None else last, count)[:, :, :num_voters]
         return voters, codes, key_code
+
+
+def _run_of(unit: int, num_rows: int) -> int:
+    """Return how many rows are centred together."""
+    return min(unit if num_rows <= _ALL_ROWS else _STEP * unit, num_rows)
 
 
 def _means(
@@ -230,29 +250,49 @@ def _means(
     """Return what is taken away from the rows of each run: `[B, H, runs, d]`, float32 at least.
 
     The mean of all rows, which are one run; or that of all runs before and of what came earlier,
-    0 if there is none.
+    0 if there is none. Of long inputs every eighth row (of a run) stands for all of them.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
+    step = 1 if x.shape[2] <= _ALL_ROWS else _STEP
     if not runs_before:
-        return x.mean(dim=2, keepdim=True, dtype=dtype)
+        return x[:, :, ::step].mean(dim=2, keepdim=True, dtype=dtype)
     whole = (x.shape[2] - 1) // run
-    total = x[:, :, : whole * run].unflatten(2, (whole, run)).sum(dim=3, dtype=dtype)
-    count = torch.arange(whole + 1, device=x.device) * run
+    rows = x[:, :, : whole * run].unflatten(2, (whole, run))[:, :, :, ::step]
+    total = rows.sum(dim=3, dtype=dtype)
+    count = torch.arange(whole + 1, device=x.device) * rows.shape[3]
     start = x.new_zeros((*x.shape[:2], 1, x.shape[3]), dtype=dtype)
     if earlier is not None:
+        earlier = earlier[:, :, ::step]
         start = start + earlier.sum(dim=2, keepdim=True, dtype=dtype)
         count = count + earlier.shape[2]
-    total = torch.cat([start, total], dim=2).cumsum(dim=2)
-    return total / count.clamp(min=1).unsqueeze(-1)
+    # a GPU scans the last dimension many times faster than another one
+    total = torch.cat([start, total], dim=2).transpose(2, 3).contiguous().cumsum(dim=3)
+    mean: torch.Tensor = total.transpose(2, 3) / count.clamp(min=1).unsqueeze(-1)
+    return mean
 
 
-def _codes(x: torch.Tensor, rotation: torch.Tensor, means: torch.Tensor, run: int) -> torch.Tensor:
+def _directions(buckets: int, head_dim: int) -> tuple[int, int]:
+    """Return the columns of the two hashes that are joined; 0 for the second where one does.
+
+    More buckets than `2 d` are those of two hashes of about equally many directions, if there are
+    such.
+    """
+    first, second = buckets, 1
+    if buckets > 2 * head_dim:
+        while first > 2 * second and first % 4 == 0:
+            first, second = first // 2, second * 2
+    return first // 2, second // 2
+
+
+def _codes(
+    x: torch.Tensor, rotation: torch.Tensor, second: int, means: torch.Tensor, run: int
+) -> torch.Tensor:
     """Return the buckets of centred rows: int32 `[rounds, B, H, n]`; see `bucket_codes`."""
     grouped = means.to(rotation.dtype).reshape(*rotation.shape[1:3], -1, x.shape[3])
     with without_autocast(x):
         shift = grouped @ rotation
     shift = shift.view(rotation.shape[0], *means.shape[:3], rotation.shape[-1])
-    return bucket_codes(x, rotation, shift, run=run)
+    return bucket_codes(x, rotation, shift, run=run, second=second)
 
 
 def _own_votes(index: torch.Tensor, score: torch.Tensor) -> torch.Tensor:

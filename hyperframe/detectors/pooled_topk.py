@@ -9,7 +9,9 @@ import torch
 
 from ..budget import check_budget
 from ..component import check_positive_int
-from .leaf_detector import AbstractLeafDetector
+from ..tables import consecutive, spaced
+from .leaf_detector import AbstractLeafDetector, Blocks
+from .leaves import Leaves
 
 __all__ = ["PooledTopK"]
 
@@ -70,3 +72,18 @@ class PooledTopK(AbstractLeafDetector):
     def _order(self, points: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         place = torch.arange(points.shape[3], device=points.device)
         return place.expand(points.shape[:4])
+
+    def _leaves(
+        self, key: torch.Tensor, points: torch.Tensor, blocks: list[Blocks],
+        generator: torch.Generator | None,
+    ) -> Leaves:  # fmt: skip
+        run, size = blocks[0], self.block_size
+        if len(blocks) > 1 or run.step != run.size or run.size % size:
+            return super()._leaves(key, points, blocks, generator)
+        # all leaves are blocks of the same size, one behind the other
+        count, stop = run.blocks * run.size // size, run.start + run.blocks * run.size
+        index = consecutive(run.start, stop, key.device)
+        keys = key[:, :, run.start : stop].unflatten(2, (count, size))
+        mean = keys.mean(dim=3, dtype=torch.promote_types(key.dtype, torch.float32))
+        index = index.view(count, size).expand(*key.shape[:2], -1, -1)
+        return Leaves(index, spaced(count, 0, size, key.device), mean.detach(), True)

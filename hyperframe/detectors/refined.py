@@ -11,11 +11,12 @@ import torch
 from ..budget import check_budget, resolve_budget
 from ..component import check_fraction, check_positive_int
 from ..errors import UnsupportedError
+from ..kernels.joined import side_by_side
 from ..kernels.lists import best_distinct
 from ..kernels.mass import NO_WINDOW, Window, tile_mass
 from ..masks import BandMask, EntryMask, HeavyMask, ListMask, UnionMask
 from ..masks.base import problem_of
-from ..ragged import join_padded
+from ..tables import spaced
 from .base import AbstractDetector, default_scale
 from .blocks import delayed, filled_runs
 
@@ -45,9 +46,11 @@ class Refined(AbstractDetector):
             kept, the best ones first, until band and keys hold that much (at most `num_keys`).
             Tiles whose mass lies on few keys then hold few.
         tile_size: rows of a tile; a divisor of the tiles of the candidates.
+        vote_step: every how manyth row of a tile scores; neighbours want much the same keys.
 
-    Cost: that of the candidates, and O(n_q L d) time for `L` candidates of a tile; memory
-    O(n_q L / tile_size) and one bounded chunk. Deterministic if the candidates are. No gradient.
+    Cost: that of the candidates, and O(n_q L d / vote_step) time for `L` candidates of a tile;
+    memory O(n_q L / tile_size) and one bounded chunk. Deterministic if the candidates are. No
+    gradient.
     Source: two-stage retrieval. Errors on a model's heads, beside those of a choice among all keys:
     docs/how-to-choose.md.
 
@@ -65,6 +68,7 @@ class Refined(AbstractDetector):
     num_keys: int | float = 256
     top_p: float | None = None
     tile_size: int = 64
+    vote_step: int = 1
 
     def __post_init__(self) -> None:
         """Create the first stage and check the parameters."""
@@ -74,6 +78,7 @@ class Refined(AbstractDetector):
         if self.top_p is not None:
             check_fraction(self, "top_p", self.top_p)
         check_positive_int(self, "tile_size", self.tile_size)
+        check_positive_int(self, "vote_step", self.vote_step)
         object.__setattr__(self, "candidates", create(self.candidates))
         # it must be told where it is, if the first stage must
         object.__setattr__(self, "is_positional", self.candidates.is_positional)
@@ -136,24 +141,27 @@ class Refined(AbstractDetector):
         sizes = [part.tile_size for part in lists if part.tile_size < query.shape[2]]
         size = gcd(min(self.tile_size, query.shape[2]), *sizes)
         num_tiles = -(-query.shape[2] // size)
-        begin = torch.arange(num_tiles, device=query.device) * size + mask.position_offset
+        offset, device = mask.position_offset, query.device
+        begin = spaced(num_tiles, size, offset, device)
         shape = (query.shape[0], query.shape[1], num_tiles)
         tiled = [part.retile(size) for part in lists]
         with torch.no_grad():
             index = _distinct(tiled, begin, shape, size, window, mask)
             voters, position = query, begin
+            step = gcd(self.vote_step, size)
+            votes = size // step
+            rows = spaced(num_tiles, -votes, -(-query.shape[2] // step), device, high=votes)
             if strict:
                 voters = delayed(query, earlier_query, size - 1)
-                position = begin - (size - 1)
+                position = spaced(num_tiles, size, offset - (size - step), device)
+                rows = spaced(num_tiles, 0, votes, device)
             voters = filled_runs(voters, size, num_tiles)
-            rows = (query.shape[2] - torch.arange(num_tiles, device=query.device) * size).clamp(
-                max=size
-            )
-            if strict:
-                rows = torch.full_like(rows, size)
+            # strict voters end with the first row of the tile, others begin with it
+            voters = voters[:, :, :, step - 1 if strict else 0 :: step]
             mass = tile_mass(
                 voters, rows, position, key, index, begin, window,
                 scale=default_scale(query, scale), is_causal=mask.is_causal, is_delayed=strict,
+                step=step,
             )  # fmt: skip
             if self.top_p is not None:
                 mass = _with_target(mass, rows, self.top_p)
@@ -161,19 +169,15 @@ class Refined(AbstractDetector):
             chosen, held = best_distinct(
                 index, mass, limit=mask.num_keys, k=max(1, kept), is_sorted=True
             )
-        found = [(chosen.clamp(max=max(0, mask.num_keys - 1)), held)]
+        problem = problem_of(mask)
+        found = ListMask(
+            **problem, key_index=chosen.clamp(max=max(0, mask.num_keys - 1)), key_count=held,
+            tile_size=size, is_ascending=True,
+        )  # fmt: skip
         if mask.is_causal and window.left < size - 1:
-            first, stop = begin.clamp(min=0), (begin + size).clamp(min=0, max=mask.num_keys)
-            own = first.unsqueeze(-1) + torch.arange(size, device=query.device)
-            found.append((own.clamp(max=mask.num_keys - 1), (stop - first).clamp(min=0)))
-        refined = [
-            ListMask(
-                **problem_of(mask), key_index=index.int().expand(*shape, -1),
-                key_count=length.expand(shape), tile_size=size, is_ascending=True,
-            )
-            for index, length in found
-        ]  # fmt: skip
-        return UnionMask.of(*refined, *bands)
+            own = ListMask.own_keys(problem, tile_size=size, device=device)
+            return UnionMask.of(found, own, *bands)
+        return UnionMask.of(found, *bands)
 
     def _parts(self, mask: HeavyMask) -> tuple[list[ListMask], list[BandMask]]:
         parts = [p.to_lists() if isinstance(p, EntryMask) else p for p in mask.parts()]
@@ -219,12 +223,15 @@ def _distinct(
     What all rows of a tile hold by the bands is no candidate; under a causal mask, nor is what does
     not stand before the tile.
     """
+    if mask.is_causal:  # a tile's own keys do not stand before it
+        lists = [part for part in lists if not part.is_own] or lists
     pieces = [(part.key_index, part.key_count) for part in lists]
-    index, count = join_padded(pieces, shape, mask.num_keys)
+    index, count = side_by_side(pieces, shape, fill=mask.num_keys)
     first, stop = begin, None
     held = window.left + window.right + 2 - size  # keys around the tile that all rows hold
     if mask.is_causal:
-        stop = torch.minimum(first, first + (size - 1 - window.left))
+        before = min(0, size - 1 - window.left)
+        stop = spaced(shape[2], size, mask.position_offset + before, mask.device)
     elif held > 0:
         first = (first + (size - 1 - window.left)).unsqueeze(-1)
         index = torch.where((index >= first) & (index < first + held), mask.num_keys, index)

@@ -249,16 +249,17 @@ def bucket_mask(
     query_code, key_code = (code >> (num_bits - bits) for code in (query_code, key_code))
     run = max(1, (block_size - 1) // 2)
     runs_before = 1 if block_size > 2 else 0
-    order = key_code.sort(dim=-1, stable=True).indices
+    sorted_code, order = key_code.sort(dim=-1, stable=True)
     # the sort is stable: inside a bucket, keys stand in the order of their positions
-    ordered = spread_heads(key_code.gather(-1, order), query_code.shape[1]).contiguous()
+    ordered = spread_heads(sorted_code, query_code.shape[1]).contiguous()
     code = query_code.contiguous()
     bucket_start = torch.searchsorted(ordered, code)
     bucket_stop = torch.searchsorted(ordered, code, right=True)
     position = torch.arange(num_queries, device=code.device) + num_keys - num_queries
-    seen = _count_at_or_before(
-        spread_heads(order, query_code.shape[1]), bucket_start, bucket_stop, position
-    )
+    # codes and positions as one number, which ascends: what stands at or before a row in its bucket
+    place = spread_heads(sorted_code * num_keys + order, query_code.shape[1]).contiguous()
+    last = code * num_keys + position.clamp(min=-1)
+    seen = torch.searchsorted(place, last, right=True) - bucket_start
     current = (seen - 1).div(run, rounding_mode="floor")
     start = bucket_start + (current - runs_before).clamp(min=0) * run
     stop = torch.minimum(bucket_start + (current + 1) * run, bucket_stop)
@@ -268,19 +269,3 @@ def bucket_mask(
         max_groups=num_keys // run + (1 << bits),
     )  # fmt: skip
     return runs | own
-
-
-def _count_at_or_before(
-    order: torch.Tensor, start: torch.Tensor, stop: torch.Tensor, position: torch.Tensor
-) -> torch.Tensor:
-    """Count, in each ascending run `order[start:stop]`, the entries at or before `position`.
-
-    A bisection over all rows at once; `start`, `stop` are `[B, H, n_q]`, `order` `[B, H, n_k]`.
-    """
-    low, high = start, stop
-    for _ in range(int(order.shape[-1]).bit_length()):
-        middle = (low + high) // 2
-        at = order.gather(-1, middle.clamp(max=order.shape[-1] - 1))
-        goes_right = (middle < high) & (at <= position)
-        low, high = torch.where(goes_right, middle + 1, low), torch.where(goes_right, high, middle)
-    return low - start

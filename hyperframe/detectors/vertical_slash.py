@@ -11,12 +11,14 @@ import torch
 from ..budget import check_budget, resolve_budget
 from ..component import check_non_negative_int, check_positive_int
 from ..kernels.select import select_top
+from ..kernels.slashes import caught_votes, line_lists
 from ..kernels.votes import Lines, column_votes, line_votes
 from ..masks import HeavyMask, ListMask, UnionMask
-from ..precision import without_autocast
+from ..masks.base import Problem
+from ..tables import spaced
 from .base import AbstractDetector, default_scale
 from .blocks import filled_runs
-from .slashes import Cut, caught_mass, diagonal_keys, voters_of_runs
+from .slashes import Cut, CutTables, cut_tables, voters_of_runs
 
 __all__ = ["VerticalSlash"]
 
@@ -132,9 +134,9 @@ class VerticalSlash(AbstractDetector):
         cut = Cut(
             num_tiles=num_tiles, tiles_each=tiles_each, tile_size=size,
             num_segments=-(-num_tiles // tiles_each), shift=shift,
-            is_causal=is_causal, run=gcd(size, self.num_diagonals, _LONGEST_RUN),
+            run=gcd(size, self.num_diagonals, _LONGEST_RUN),
             first_offset=1 if is_causal else shift - num_keys + 1,
-            stop_offset=shift + num_queries, device=query.device,
+            stop_offset=shift + num_queries,
         )  # fmt: skip
         source = (query, earlier_query if strict else None, generator)
         scale, votes_each = default_scale(query, scale), self.num_queries
@@ -149,73 +151,61 @@ class VerticalSlash(AbstractDetector):
         columns, votes = line_votes(
             *voting, key, lines, scale=scale, is_causal=is_causal, segment=cut.rows, shift=shift
         )
-        columns = columns.clamp(max=num_keys - 1)
-        lists, share = [], torch.zeros_like(cut.first)
-        if is_causal and tiles_each > 1:
+        wanted = resolve_budget(self.num_columns, num_keys)
+        width = min(cut.rows - size, num_keys) if is_causal else 0
+        num_near = min(max(1, wanted // 4), width)
+        tables = cut_tables(
+            num_tiles, tiles_each, size, shift, num_keys, lines.num_columns, num_near,
+            self.min_offset, is_causal, query.device,
+        )  # fmt: skip
+        near = None
+        if num_near:
             voters, _ = voters_of_runs(
                 *source, size=size, count=num_tiles, num_voters=votes_each, strict=strict
             )
-            near, share = self._near(cut, voters, key, scale)
-            lists.append(near)
-        mine = torch.arange(num_tiles, device=query.device) // tiles_each
-        count = torch.minimum(columns.shape[-1] - share, cut.num_before(num_keys)[mine])
-        lists.append((columns[:, :, mine], count))
-        if is_causal or strict:
-            earlier = votes.new_ones(cut.num_segments, cut.num_segments).tril(0 if strict else -1)
-            with without_autocast(votes):
-                votes = earlier @ votes
-        else:
-            votes, mine = votes.sum(dim=2, keepdim=True), torch.zeros_like(mine)
-        caught = caught_mass(votes, cut.run, size)
-        lists.append(
-            diagonal_keys(
-                cut, caught, mine, count=self.num_diagonals, min_offset=self.min_offset,
-                num_keys=num_keys,
-            )
+            near = (*self._near(cut, tables, voters, key, scale, width, num_near), tables.begin)
+        caught = caught_votes(
+            votes, earlier="with" if strict else "before" if is_causal else "all", run=cut.run,
+            tile_size=size, first_offset=cut.first_offset, min_offset=self.min_offset,
         )  # fmt: skip
-        if is_causal:
-            first = cut.first.clamp(min=0)
-            own = first.unsqueeze(-1) + torch.arange(size, device=query.device)
-            stop = (cut.first + size).clamp(min=0, max=num_keys)
-            lists.append((own.clamp(max=num_keys - 1), stop - first))
-        shape = (batch, heads, num_tiles)
+        rows = caught.shape[:-1]
+        length = caught.shape[-1]
+        every = spaced(rows.numel(), 0, length, query.device, dtype=torch.int32)
+        runs, _, _ = select_top(caught, every.view(rows), count=self.num_diagonals // cut.run)
+        lists = line_lists(columns, tables.column_count, near, runs, cut.lines, num_keys=num_keys)
+        problem = Problem(
+            batch_size=batch, num_query_heads=heads, num_queries=num_queries, num_keys=num_keys,
+            is_causal=is_causal, query_offset=None,
+        )  # fmt: skip
         masks = [
-            ListMask(
-                batch_size=batch, num_query_heads=heads, num_queries=num_queries,
-                num_keys=num_keys, is_causal=is_causal, key_index=index.int().expand(*shape, -1),
-                key_count=count.int().expand(shape), tile_size=size,
-            )
+            ListMask(**problem, key_index=index, key_count=count, tile_size=size)
             for index, count in lists
-        ]  # fmt: skip
+        ]
+        if is_causal:
+            masks.append(ListMask.own_keys(problem, tile_size=size, device=query.device))
         return UnionMask.of(*masks)
 
     def _near(
-        self, cut: Cut, voters: torch.Tensor, key: torch.Tensor, scale: float
-    ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """Columns of each tile among the keys of its segment before it, and the room they take.
+        self, cut: Cut, tables: CutTables, voters: torch.Tensor, key: torch.Tensor, scale: float,
+        width: int, count: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Columns of each tile among the keys of its segment before it, and how many there are.
 
-        The latter is as many keys as there are, up to a quarter of the columns.
+        They are counted from the first key of the segment.
         """
-        num_keys = key.shape[2]
         rows = filled_runs(voters.flatten(3), cut.tiles_each, cut.num_segments)
         rows = rows.unflatten(4, (self.num_queries, -1))  # [B, H, S, tiles, R, d]
-        begin = cut.begin.clamp(0, num_keys)
-        stop = torch.arange(cut.tiles_each, device=key.device) * cut.tile_size
-        stop = cut.begin.unsqueeze(-1) + stop - max(0, self.min_offset - cut.tile_size)
-        stop = stop.clamp(max=num_keys).maximum(begin.unsqueeze(-1))
-        width = min(cut.rows - cut.tile_size, num_keys)
-        count = min(max(1, resolve_budget(self.num_columns, num_keys) // 4), width)
-        seen = stop - begin.unsqueeze(-1)
         step = max(1, _CHUNK_BYTES // (4 * rows[:, :, 0, :, 0, 0].numel() * max(1, width)))
         found, held = [], []
         for start in range(0, cut.num_segments, step):
             part = slice(start, start + step)
             votes = column_votes(
-                rows[:, :, part], key, begin[part], stop[part], scale=scale, width=width
-            )
-            best, _, taken = select_top(votes, seen[part], count=count)
-            found.append((best + begin[part].int().view(-1, 1, 1)).clamp(max=num_keys - 1))
+                rows[:, :, part], key, tables.begin[part], tables.stop[part], scale=scale,
+                width=width,
+            )  # fmt: skip
+            best, _, taken = select_top(votes, tables.seen[part], count=count)
+            found.append(best)
             held.append(taken)
-        index = torch.cat(found, dim=2).flatten(2, 3)[:, :, : cut.num_tiles]
-        share = seen.clamp(max=count).flatten()[: cut.num_tiles]
-        return (index, torch.cat(held, dim=2).flatten(2)[..., : cut.num_tiles]), share
+        index = found[0] if len(found) == 1 else torch.cat(found, dim=2)
+        taken = held[0] if len(held) == 1 else torch.cat(held, dim=2)
+        return index.flatten(2, 3)[:, :, : cut.num_tiles], taken.flatten(2)[..., : cut.num_tiles]

@@ -17,9 +17,9 @@ _NUM_SPREAD, _NUM_FIRST = 64, 4  # keys that stand for all before a tile, and fi
 
 def bucket_votes(
     voters: torch.Tensor, key: torch.Tensor, index: torch.Tensor, score: torch.Tensor,
-    before: torch.Tensor, *, size: int, scale: float,
-) -> torch.Tensor:  # fmt: skip
-    """Return about what share of the softmax each key has that a row found.
+    before: torch.Tensor, *, size: int, votes: int, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return the keys that rows vote for, and about what share of the row's softmax each has.
 
     The normaliser of a row is made of the keys that it found and of a fixed look at what comes
     before its tile: 64 keys evenly spread, which stand for all of them, and the first 4.
@@ -31,38 +31,42 @@ def bucket_votes(
         score: the logits of those, of the same shape.
         before: integer `[ceil(n / size)]`, keys that come before each tile; none below 1.
         size: rows of a tile.
+        votes: keys to take of those that a row found, the ones with the largest shares; at most
+            `found`, which leaves all of them where they are.
         scale: factor of the logits.
 
     Returns:
-        Of the shape and dtype of `score`; 0 for no key, and for one that the row has in an earlier
-        slot. No gradient. Cost O(n (d + found^2)) time, memory as that of `score` and one bounded
-        chunk. On CUDA with Triton one launch, for tiles of up to 128 rows, d <= 256 and up to 64
-        keys found by a row.
+        Keys int32 `[batch, query_heads, n, votes]`, and their shares, of the dtype of `score`: 0
+        for no key, and for one that the row has in an earlier slot. No gradient. Cost
+        O(n (d + found^2)) time, memory as that of `score` and one bounded chunk. On CUDA with
+        Triton one launch, for tiles of up to 128 rows, d <= 256 and up to 64 keys found by a row.
     """
-    weight: torch.Tensor = torch.ops.hyperframe.bucket_votes(
-        voters.detach(), key.detach(), index, score, before, size, scale
+    voted, weight = torch.ops.hyperframe.bucket_votes(
+        voters.detach(), key.detach(), index, score, before, size, votes, scale
     )
-    return weight
+    return voted, weight
 
 
 @torch.library.impl("hyperframe::bucket_votes", "default")
 def _run(
     voters: torch.Tensor, key: torch.Tensor, index: torch.Tensor, score: torch.Tensor,
-    before: torch.Tensor, size: int, scale: float,
-) -> torch.Tensor:  # fmt: skip
+    before: torch.Tensor, size: int, votes: int, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     if key.is_cuda and torch.version.hip is None and has_triton():
         from .triton import bucket_votes as kernels
 
         if kernels.supports(voters, key, index, size):
             with torch.cuda.device(key.device):
-                return kernels.triton_bucket_votes(voters, key, index, score, before, size, scale)
-    return torch_bucket_votes(voters, key, index, score, before, size, scale)
+                return kernels.triton_bucket_votes(
+                    voters, key, index, score, before, size, votes, scale
+                )
+    return torch_bucket_votes(voters, key, index, score, before, size, votes, scale)
 
 
 def torch_bucket_votes(
     voters: torch.Tensor, key: torch.Tensor, index: torch.Tensor, score: torch.Tensor,
-    before: torch.Tensor, size: int, scale: float,
-) -> torch.Tensor:  # fmt: skip
+    before: torch.Tensor, size: int, votes: int, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Do what `bucket_votes` says, for some tiles at a time."""
     weight = torch.zeros_like(score)
     batch, heads, num_rows, dim = voters.shape
@@ -75,7 +79,11 @@ def torch_bucket_votes(
             voters[:, :, rows], key, index[:, :, rows], score[:, :, rows],
             before[start : start + step], size, scale,
         )  # fmt: skip
-    return weight
+    if votes == index.shape[-1]:
+        return index.clone(), weight
+    # stable: of ties the first
+    best = weight.sort(dim=-1, descending=True, stable=True)
+    return index.gather(-1, best.indices[..., :votes]), best.values[..., :votes].contiguous()
 
 
 def _weights(

@@ -14,12 +14,15 @@ from .ops import has_triton
 __all__ = ["bucket_codes", "bucket_order", "bucket_ranges", "bucket_topk"]
 
 _CHUNK_BYTES = 64 << 20  # of products, keys and logits held at once
+_CHUNK = 512  # rows, for which those of each bucket are counted
 
 
 def bucket_codes(
-    x: torch.Tensor, rotation: torch.Tensor, shift: torch.Tensor, *, run: int
+    x: torch.Tensor, rotation: torch.Tensor, shift: torch.Tensor, *, run: int, second: int = 0
 ) -> torch.Tensor:
     """Return the buckets of shifted vectors: the largest coordinate of `[y R; -y R]`, `y = x - m`.
+
+    With `second` columns set apart, that of the others and that of these, joined.
 
     Args:
         x: `[batch, heads, n, d]`, `heads` a multiple of `rotation_heads`.
@@ -28,11 +31,13 @@ def bucket_codes(
         shift: `m R` for every run of rows, `[rounds, batch, heads, ceil(n / run), buckets / 2]`, of
             the dtype of `rotation`.
         run: rows that share a shift.
+        second: how many of the columns, the last ones, are a hash of their own; fewer than all.
 
     Returns:
-        int32 `[rounds, batch, heads, n]` in `[0, buckets)`. No gradient. On CUDA with Triton one
-        launch for all rounds that reads `x` once and writes no product, for d <= 256, at most 512
-        buckets and 128 KiB of a rotation; elsewhere in chunks of bounded memory.
+        int32 `[rounds, batch, heads, n]` in `[0, buckets)`; with `second` of `c` columns, in
+        `[0, 4 (c - second) second)`. No gradient. On CUDA with Triton one
+        launch for all rounds that reads `x` once and writes no product, for d <= 256, at most 256
+        columns and 128 KiB of a rotation; elsewhere in chunks of bounded memory.
 
     Example:
         >>> x = torch.tensor([[3.0, 1.0], [-3.0, 1.0], [1.0, -9.0]]).view(1, 1, 3, 2)
@@ -41,12 +46,14 @@ def bucket_codes(
         [0, 2, 3]
     """
     code: torch.Tensor = torch.ops.hyperframe.bucket_codes(
-        x.detach(), rotation.detach(), shift.detach(), run
+        x.detach(), rotation.detach(), shift.detach(), run, second
     )
     return code
 
 
-def bucket_order(code: torch.Tensor, *, buckets: int) -> tuple[torch.Tensor, torch.Tensor]:
+def bucket_order(
+    code: torch.Tensor, *, buckets: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sort rows by bucket, those of one bucket by position.
 
     Args:
@@ -54,48 +61,52 @@ def bucket_order(code: torch.Tensor, *, buckets: int) -> tuple[torch.Tensor, tor
         buckets: how many buckets there are.
 
     Returns:
-        The row at each place, int32 `[..., n]`, and the first place of each bucket, int32
-        `[..., buckets + 1]`, `n` behind the last one. On CUDA with Triton a counting sort, for at
-        most 512 buckets.
+        The row at each place, int32 `[..., n]`; the first place of each bucket, int32
+        `[..., buckets + 1]`, `n` behind the last one; and how many rows of each bucket stand in
+        the first chunks of 512 rows, int32 `[..., ceil(n / 512), buckets]`, each chunk with those
+        before it. On CUDA with Triton a counting sort, for at most 512 buckets.
 
     Example:
         >>> code = torch.tensor([2, 0, 2, 1], dtype=torch.int32)
         >>> [x.tolist() for x in bucket_order(code, buckets=3)]
-        [[1, 3, 0, 2], [0, 1, 2, 4]]
+        [[1, 3, 0, 2], [0, 1, 2, 4], [[1, 1, 2]]]
     """
-    order, bounds = torch.ops.hyperframe.bucket_order(code, buckets)
-    return order, bounds
+    order, bounds, counts = torch.ops.hyperframe.bucket_order(code, buckets, _CHUNK)
+    return order, bounds, counts
 
 
 def bucket_ranges(
-    code: torch.Tensor, edge: torch.Tensor, bounds: torch.Tensor, key_order: torch.Tensor, *,
-    reach: int, is_causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    code: torch.Tensor, edge: torch.Tensor, bounds: torch.Tensor, counts: torch.Tensor,
+    key_order: torch.Tensor, *, reach: int, is_causal: bool,
+) -> torch.Tensor:  # fmt: skip
     """Return the places in the order of the keys that rows look at: runs of their own bucket.
 
     Args:
         code: int32 `[rounds, batch, query_heads, n]`, the buckets of the rows.
         edge: int32 `[n]` in `[0, n_k]`, a position among the keys for each row.
         bounds: int32 `[rounds, batch, key_heads, buckets + 1]`, from `bucket_order`.
+        counts: int32 `[rounds, batch, key_heads, ceil(n_k / 512), buckets]`, from `bucket_order`.
         key_order: int32 `[rounds, batch, key_heads, n_k]`, from `bucket_order`.
         reach: places of a row, at most.
         is_causal: whether a row looks at the last keys before its edge; else at those around it, at
             `reach` of them wherever the bucket has as many.
 
     Returns:
-        `low` and `high`, int32 of the shape of `code`: the places `[low, high)`. Rows of one bucket
-        whose edges ascend have ranges that ascend. Cost O(log n_k) for a row; on CUDA with Triton
-        one launch.
+        int32 `[rounds, batch, query_heads, n, 2]`: the first place, and that behind the last one.
+        Rows of one bucket whose edges ascend have ranges that ascend. Cost O(log n_k) for a row, on
+        CUDA with Triton, in one launch, that of a search in a chunk.
     """
-    low, high = torch.ops.hyperframe.bucket_ranges(code, edge, bounds, key_order, reach, is_causal)
-    return low, high
+    ranges: torch.Tensor = torch.ops.hyperframe.bucket_ranges(
+        code, edge, bounds, counts, key_order, _CHUNK, reach, is_causal
+    )
+    return ranges
 
 
 def bucket_topk(
     query: torch.Tensor, query_order: torch.Tensor, key: torch.Tensor, key_order: torch.Tensor,
-    low: torch.Tensor, high: torch.Tensor, *, reach: int, keep: int, scale: float,
+    ranges: torch.Tensor, *, reach: int, keep: int, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return the best keys of every row in every round, of those at the places `[low, high)`.
+    """Return the best keys of every row in every round, of those in its range of places.
 
     Args:
         query: `[batch, query_heads, n, d]`.
@@ -103,8 +114,8 @@ def bucket_topk(
             places of neighbours overlap: only time depends on it.
         key: `[batch, key_heads, n_k, d]`, of the same dtype.
         key_order: int32 `[rounds, batch, key_heads, n_k]`, the key at each place.
-        low: int32 `[rounds, batch, query_heads, n]`.
-        high: int32 of the same shape, at most `low + reach`; no larger than `low` for none.
+        ranges: int32 `[rounds, batch, query_heads, n, 2]`: the first place and that behind the last
+            one, at most `reach` apart; the second no larger than the first for none.
         reach: places of a row, at most.
         keep: keys to keep of a row in a round.
         scale: factor of the logits.
@@ -113,10 +124,11 @@ def bucket_topk(
         Keys int32 `[batch, query_heads, n, rounds * keep]`, those of a round side by side and the
         largest first, -1 where there are fewer; and their logits, in float32 at least, `-inf`
         there. No gradient. Cost O(rounds n reach d) time. On CUDA with Triton one launch, for
-        d <= 256 and `keep` <= 8; elsewhere in chunks of bounded memory.
+        d <= 256 and `keep` <= 8, and logits of half precision are told apart to 1 in 2^16;
+        elsewhere in chunks of bounded memory.
     """
     index, score = torch.ops.hyperframe.bucket_topk(
-        query.detach(), query_order, key.detach(), key_order, low, high, reach, keep, scale
+        query.detach(), query_order, key.detach(), key_order, ranges, reach, keep, scale
     )
     return index, score
 
@@ -127,60 +139,64 @@ def _runs_triton(tensor: torch.Tensor) -> bool:
 
 @torch.library.impl("hyperframe::bucket_codes", "default")
 def _run_codes(
-    x: torch.Tensor, rotation: torch.Tensor, shift: torch.Tensor, run: int
+    x: torch.Tensor, rotation: torch.Tensor, shift: torch.Tensor, run: int, second: int
 ) -> torch.Tensor:
     if _runs_triton(x):
         from .triton import buckets as kernels
 
         if kernels.supports_codes(x, rotation):
             with torch.cuda.device(x.device):
-                return kernels.triton_bucket_codes(x, rotation, shift, run)
-    return torch_bucket_codes(x, rotation, shift, run)
+                return kernels.triton_bucket_codes(x, rotation, shift, run, second)
+    return torch_bucket_codes(x, rotation, shift, run, second)
 
 
 @torch.library.impl("hyperframe::bucket_order", "default")
-def _run_order(code: torch.Tensor, buckets: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _run_order(
+    code: torch.Tensor, buckets: int, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if _runs_triton(code):
         from .triton import buckets as kernels
 
         if kernels.supports_order(code, buckets):
             with torch.cuda.device(code.device):
-                return kernels.triton_bucket_order(code, buckets)
-    return torch_bucket_order(code, buckets)
+                return kernels.triton_bucket_order(code, buckets, chunk)
+    return torch_bucket_order(code, buckets, chunk)
 
 
 @torch.library.impl("hyperframe::bucket_ranges", "default")
 def _run_ranges(
-    code: torch.Tensor, edge: torch.Tensor, bounds: torch.Tensor, key_order: torch.Tensor,
-    reach: int, is_causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    code: torch.Tensor, edge: torch.Tensor, bounds: torch.Tensor, counts: torch.Tensor,
+    key_order: torch.Tensor, chunk: int, reach: int, is_causal: bool,
+) -> torch.Tensor:  # fmt: skip
     if _runs_triton(code):
         from .triton import buckets as kernels
 
         if kernels.supports_order(code, bounds.shape[-1] - 1):
             with torch.cuda.device(code.device):
-                return kernels.triton_bucket_ranges(code, edge, bounds, key_order, reach, is_causal)
+                return kernels.triton_bucket_ranges(
+                    code, edge, bounds, counts, key_order, chunk, reach, is_causal
+                )
     return torch_bucket_ranges(code, edge, bounds, key_order, reach, is_causal)
 
 
 @torch.library.impl("hyperframe::bucket_topk", "default")
 def _run_topk(
     query: torch.Tensor, query_order: torch.Tensor, key: torch.Tensor, key_order: torch.Tensor,
-    low: torch.Tensor, high: torch.Tensor, reach: int, keep: int, scale: float,
+    ranges: torch.Tensor, reach: int, keep: int, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     if _runs_triton(key):
         from .triton import buckets as kernels
 
-        if kernels.supports_topk(query, key, low, keep):
+        if kernels.supports_topk(query, key, ranges, keep):
             with torch.cuda.device(key.device):
                 return kernels.triton_bucket_topk(
-                    query, query_order, key, key_order, low, high, keep, scale
+                    query, query_order, key, key_order, ranges, keep, scale
                 )
-    return torch_bucket_topk(query, key, key_order, low, high, reach, keep, scale)
+    return torch_bucket_topk(query, key, key_order, ranges, reach, keep, scale)
 
 
 def torch_bucket_codes(
-    x: torch.Tensor, rotation: torch.Tensor, shift: torch.Tensor, run: int
+    x: torch.Tensor, rotation: torch.Tensor, shift: torch.Tensor, run: int, second: int = 0
 ) -> torch.Tensor:
     """Do what `bucket_codes` says, for some rows at a time."""
     rounds, batch, heads, half = rotation.shape[0], *x.shape[:2], rotation.shape[-1]
@@ -194,26 +210,43 @@ def torch_bucket_codes(
             with without_autocast(x):
                 product = x[:, :, rows].to(rotation.dtype) @ directions
             product = product - shift[number][:, :, run_of_row[rows]]
-            largest = product.abs().argmax(dim=-1, keepdim=True)
-            is_opposite = product.gather(-1, largest) < 0
-            code[number, :, :, rows] = (largest + is_opposite * half).squeeze(-1)
+            found = _largest(product[..., : half - second])
+            if second:
+                found = found * (2 * second) + _largest(product[..., half - second :])
+            code[number, :, :, rows] = found
     return code
 
 
-def torch_bucket_order(code: torch.Tensor, buckets: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _largest(product: torch.Tensor) -> torch.Tensor:
+    largest = product.abs().argmax(dim=-1, keepdim=True)
+    is_opposite = product.gather(-1, largest) < 0
+    return (largest + is_opposite * product.shape[-1]).squeeze(-1)
+
+
+def torch_bucket_order(
+    code: torch.Tensor, buckets: int, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Do what `bucket_order` says, by sorting."""
     # the fewer bits a sort sees, the faster it is
     narrow = code.to(torch.int16) if buckets < 1 << 15 else code
     ordered, order = narrow.sort(dim=-1, stable=True)
     bucket = torch.arange(buckets + 1, dtype=narrow.dtype, device=code.device)
     bucket = bucket.expand(*code.shape[:-1], -1).contiguous()
-    return order.int(), torch.searchsorted(ordered.contiguous(), bucket, out_int32=True)
+    bounds = torch.searchsorted(ordered.contiguous(), bucket, out_int32=True)
+    num_rows = code.shape[-1]
+    stop = (torch.arange(0, num_rows, chunk, device=code.device) + chunk).clamp(max=num_rows)
+    # rows of a bucket before a position: that pair's place among all of them
+    wanted = (bucket[..., None, :-1].long() * num_rows + stop.unsqueeze(-1)).flatten(-2)
+    pairs = ordered.long() * num_rows + order
+    counts = torch.searchsorted(pairs, wanted, out_int32=True)
+    counts = counts.unflatten(-1, (len(stop), buckets)) - bounds[..., None, :-1]
+    return order.int(), bounds, counts
 
 
 def torch_bucket_ranges(
     code: torch.Tensor, edge: torch.Tensor, bounds: torch.Tensor, key_order: torch.Tensor,
     reach: int, is_causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> torch.Tensor:  # fmt: skip
     """Do what `bucket_ranges` says, by searching among pairs of bucket and position."""
     num_keys = key_order.shape[-1]
     place = torch.arange(num_keys, dtype=torch.int32, device=code.device)
@@ -230,15 +263,16 @@ def torch_bucket_ranges(
     else:
         low = torch.maximum(first, torch.minimum(middle - reach // 2, last - reach))
         high = torch.minimum(low + reach, last)
-    return low.view(code.shape), high.view(code.shape)
+    return torch.stack([low.view(code.shape), high.view(code.shape)], dim=-1).int()
 
 
 def torch_bucket_topk(
-    query: torch.Tensor, key: torch.Tensor, key_order: torch.Tensor, low: torch.Tensor,
-    high: torch.Tensor, reach: int, keep: int, scale: float,
+    query: torch.Tensor, key: torch.Tensor, key_order: torch.Tensor, ranges: torch.Tensor,
+    reach: int, keep: int, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Do what `bucket_topk` says, for some rows of a round at a time."""
     batch, heads, num_rows, dim = query.shape
+    low, high = ranges.unbind(dim=-1)
     rounds, key_heads, num_keys = low.shape[0], *key.shape[1:3]
     dtype = torch.promote_types(key.dtype, torch.float32)
     shape = (batch, heads, num_rows, rounds * keep)

@@ -7,7 +7,14 @@ import torch
 from .ops import sketch as _schema  # noqa: F401  (defines the operator implemented here)
 from .sketch import runs_kernels
 
-__all__ = ["entry_lists", "torch_entry_lists"]
+__all__ = ["entry_lists", "list_bytes", "torch_entry_lists"]
+
+_MOST_SLOTS = 4096  # of a column and of a tile, with kernels
+
+
+def list_bytes(row: torch.Tensor, strength: torch.Tensor, longest: int) -> int:
+    """Return about how many bytes `entry_lists` holds for each slot of a column."""
+    return 32 if runs_kernels(strength) and max(row.shape[-1], longest) <= _MOST_SLOTS else 64
 
 
 def entry_lists(
@@ -31,8 +38,9 @@ def entry_lists(
         int32 `[heads, tiles, longest]`, keys, ascending; int64, the same shape, whose bits say
         which rows of the tile hold the key; int32 `[heads, tiles]`, how many keys there are.
         Nothing is said of the slots behind them, but that their keys exist. No gradient.
-        Cost: O(n_k C) time and 16 bytes of memory for each slot with Triton on CUDA, for up to
-        4,096 slots of columns and of tiles; elsewhere sorts of all slots, of a head at a time.
+        Cost: O(n_k C) time and 32 bytes of memory for each slot with Triton on CUDA, for up to
+        4,096 slots of columns and of tiles, however many of the entries lie in the same tiles;
+        elsewhere sorts of all slots.
     """
     index, bits, count = torch.ops.hyperframe.entry_lists(
         row, strength, num_queries, tile_size, longest, is_causal
@@ -47,7 +55,7 @@ def _run(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     given = (row, strength, num_queries, tile_size, longest, is_causal)
     if runs_kernels(strength):
-        from .triton import entries as kernels
+        from .triton import entry_lists as kernels
 
         if kernels.supports_lists(row, strength, longest):
             with torch.cuda.device(row.device):

@@ -42,7 +42,7 @@ NO_WINDOW = Window(-1, -1, 0)
 def tile_mass(
     voters: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, key: torch.Tensor,
     index: torch.Tensor, begin: torch.Tensor, window: Window = NO_WINDOW, *, scale: float,
-    is_causal: bool, is_delayed: bool = False, stride: int = 1,
+    is_causal: bool, is_delayed: bool = False, stride: int = 1, step: int = 1,
 ) -> torch.Tensor:  # fmt: skip
     """Return the softmax mass that each tile's voters give to its candidates.
 
@@ -65,6 +65,7 @@ def tile_mass(
         stride: where above 1, the softmax counts only every `stride`-th slot of the list, `stride`
             times over. Masses are then estimates, good for ranking, and no row gives more than 1
             to a key. What the window holds is counted in full.
+        step: positions from one voter to the next: above 1 where only some rows of a tile vote.
 
     Returns:
         `[batch, query_heads, tiles, L]`, in float32 at least; -1 for none. No gradient.
@@ -72,13 +73,17 @@ def tile_mass(
         tiles of up to 128 rows and d <= 256; elsewhere in chunks of bounded memory.
 
     Raises:
-        ArgumentError: for `stride` below 1.
+        ArgumentError: for `stride` or `step` below 1.
     """
     if stride < 1:
         raise ArgumentError(f"tile_mass: stride={stride} counts nothing; pass at least 1")
+    if step < 1:
+        raise ArgumentError(
+            f"tile_mass: step={step} does not lead from a voter to the next; pass at least 1"
+        )
     mass: torch.Tensor = torch.ops.hyperframe.tile_mass(
         voters.detach(), rows, position, key.detach(), index, begin, list(window), scale,
-        is_causal, is_delayed, stride,
+        is_causal, is_delayed, stride, step,
     )  # fmt: skip
     return mass
 
@@ -87,7 +92,7 @@ def tile_mass(
 def _run(
     voters: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, key: torch.Tensor,
     index: torch.Tensor, begin: torch.Tensor, window: list[int], scale: float, is_causal: bool,
-    is_delayed: bool, stride: int,
+    is_delayed: bool, stride: int, step: int = 1,
 ) -> torch.Tensor:  # fmt: skip
     if key.is_cuda and torch.version.hip is None and has_triton():
         from .triton import mass as kernels
@@ -97,31 +102,33 @@ def _run(
                 return kernels.triton_tile_mass(
                     voters, rows, position, key, index, begin, (window[0], window[1], window[2]),
                     scale=scale, is_causal=is_causal, is_delayed=is_delayed, stride=stride,
+                    step=step,
                 )  # fmt: skip
     return torch_tile_mass(
         voters, rows, position, key, index, begin, Window(*window), scale=scale,
-        is_causal=is_causal, is_delayed=is_delayed, stride=stride,
+        is_causal=is_causal, is_delayed=is_delayed, stride=stride, step=step,
     )  # fmt: skip
 
 
 def torch_tile_mass(
     voters: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, key: torch.Tensor,
     index: torch.Tensor, begin: torch.Tensor, window: Window, *, scale: float, is_causal: bool,
-    is_delayed: bool, stride: int = 1,
+    is_delayed: bool, stride: int = 1, step: int = 1,
 ) -> torch.Tensor:  # fmt: skip
     """Do what `tile_mass` says, for some tiles at a time, on any device."""
     batch, heads, tiles, slots = index.shape
     dtype = torch.promote_types(key.dtype, torch.float32)
     mass = torch.empty(index.shape, dtype=dtype, device=index.device)
     size = voters.shape[3]
-    width = slots + max(0, window.left + window.right + 2 * size + window.num_sinks)
+    width = slots + max(0, window.left + window.right + 2 * size * step + window.num_sinks)
     per_tile = 4 * batch * heads * width * (key.shape[-1] + 4 * size)
-    step = max(1, _CHUNK_BYTES // max(1, per_tile))
-    for start in range(0, tiles, step):
-        part = slice(start, start + step)
+    some = max(1, _CHUNK_BYTES // max(1, per_tile))
+    for start in range(0, tiles, some):
+        part = slice(start, start + some)
         mass[:, :, part] = _mass(
             voters[:, :, part], rows[part], position[part], key, index[:, :, part], begin[part],
             window, scale=scale, is_causal=is_causal, is_delayed=is_delayed, stride=stride,
+            step=step,
         )  # fmt: skip
     return mass
 
@@ -129,13 +136,13 @@ def torch_tile_mass(
 def _mass(
     voters: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, key: torch.Tensor,
     index: torch.Tensor, begin: torch.Tensor, window: Window, *, scale: float, is_causal: bool,
-    is_delayed: bool, stride: int,
+    is_delayed: bool, stride: int, step: int,
 ) -> torch.Tensor:  # fmt: skip
     num_keys = key.shape[2]
     dtype = torch.promote_types(key.dtype, torch.float32)
     lowest = torch.finfo(dtype).min  # finite: where nothing is seen, no NaN is born
     size = voters.shape[3]
-    at = position.unsqueeze(-1) + torch.arange(size, device=key.device)  # [T, S]
+    at = position.unsqueeze(-1) + torch.arange(size, device=key.device) * step  # [T, S]
     counts = torch.arange(size, device=key.device) < rows.unsqueeze(-1)
     logits = _logits(voters, key, index.clamp(max=max(0, num_keys - 1)), scale)
     there = index.unsqueeze(3)  # [B, H, T, 1, L]
@@ -146,8 +153,9 @@ def _mass(
     normaliser = logits[..., ::stride].logsumexp(dim=-1, keepdim=True) + log(stride)
     if window.left >= 0:
         # from what the first voter holds on, which may come a tile before the first row
-        lag = size - 1 if is_delayed else 0
-        span = window.left + lag + (0 if is_causal else size + window.right)
+        reach = (size - 1) * step
+        lag = reach if is_delayed else 0
+        span = window.left + lag + (0 if is_causal else reach + 1 + window.right)
         near = position.unsqueeze(-1) - window.left + torch.arange(span, device=key.device)
         sinks = torch.arange(min(window.num_sinks, num_keys), device=key.device)
         near = torch.cat([sinks.expand(len(begin), -1), near], dim=1)  # [T, W]

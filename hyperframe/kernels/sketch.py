@@ -22,6 +22,8 @@ __all__ = [
 BRANCHING = _schema.BRANCHING
 """Children of a node: their scores, a byte each, are a word."""
 
+_MOST_SCORE = 127  # of a node, with kernels
+
 
 def runs_kernels(key: torch.Tensor) -> bool:
     """Return whether what is asked of such keys is done by kernels, where they take it."""
@@ -32,8 +34,9 @@ def runs_kernels(key: torch.Tensor) -> bool:
 def candidate_bytes(top: torch.Tensor, hashed: torch.Tensor, capacity: int) -> int:
     """Return about how many bytes `sketch_candidates` holds for each column."""
     levels, repetitions, width = hashed.shape[1:4]
-    if top.is_cuda and top.dtype != torch.float64 and has_triton():
-        return top.shape[2] + levels * repetitions * width + 8 * capacity
+    is_taken = top.is_cuda and top.dtype != torch.float64 and repetitions <= _MOST_SCORE
+    if is_taken and has_triton():
+        return top.shape[2] + levels * repetitions * width // 2 + 8 * capacity
     scores = repetitions * max(width, top.shape[2]) * (max(4, top.element_size()) + 1)
     return scores + capacity * (8 * BRANCHING * 2 + 16 * repetitions)
 
@@ -75,7 +78,8 @@ def sketch_candidates(
         places: the block of the children of every node above each hashed level, those of the
             levels one after the other; see `packed_places`.
         factor: of the products.
-        unit: the largest byte; `repetitions * unit` has to fit a byte.
+        unit: the largest byte; `repetitions * unit` has to fit a byte. Kernels take up to 15, and
+            127 in all.
         least: the score that is enough, from 1.
         capacity: nodes of a column that are kept at each level.
         num_rows: leaves from it on are no rows.
@@ -84,8 +88,8 @@ def sketch_candidates(
         int64 `[heads, columns, C]`, distinct rows, -1 for none; `C` is at most `capacity`. With
         the kernels they ascend. No gradient.
         Cost: `d` products for every column and row of the sketch, `8 * repetitions` bytes for every
-        kept node; a byte of memory for every column and row of the hashed levels. On CUDA with
-        Triton three launches, where `supports` of the kernel holds.
+        kept node; a byte of memory for every column and row of the hashed levels, half of one with
+        the kernels. On CUDA with Triton three launches, where `supports` of the kernel holds.
     """
     found: torch.Tensor = torch.ops.hyperframe.sketch_candidates(
         key, top, hashed, places, factor, unit, least, capacity, num_rows
@@ -127,7 +131,7 @@ def _run_candidates(
     if runs_kernels(key):
         from .triton import sketch as kernels
 
-        if kernels.supports(key, top, hashed, capacity):
+        if kernels.supports(key, top, hashed, unit, capacity):
             with torch.cuda.device(key.device):
                 return kernels.triton_candidates(*given)
     return torch_candidates(*given)

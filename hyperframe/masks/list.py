@@ -9,7 +9,8 @@ import torch
 
 from ..errors import ArgumentError, ArgumentTypeError
 from ..ragged import keep_in_lists, spread_heads
-from .base import HeavyMask, problem_of
+from ..tables import consecutive, spaced
+from .base import HeavyMask, Problem, problem_of
 from .key_blocks import KeyBlocks
 
 __all__ = ["ListMask"]
@@ -29,6 +30,7 @@ class ListMask(HeavyMask):
             builder a sort on a GPU.
         blocks: where lists consist of blocks of keys, all of those there are: integer `[batch,
             key_heads, blocks, longest]`, and int64 `[blocks]`, how many keys each has.
+        is_own: the keys of every tile are those at the positions of its rows.
     """
 
     key_index: torch.Tensor
@@ -36,6 +38,7 @@ class ListMask(HeavyMask):
     tile_size: int
     is_ascending: bool = False
     blocks: tuple[torch.Tensor, torch.Tensor] | None = None
+    is_own: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -66,6 +69,29 @@ class ListMask(HeavyMask):
             batch_size=index.shape[0], num_query_heads=num_query_heads,
             num_queries=index.shape[2], num_keys=num_keys, is_causal=is_causal,
             key_index=index, key_count=count, tile_size=1,
+        )  # fmt: skip
+
+    @classmethod
+    def own_keys(cls, problem: Problem, *, tile_size: int, device: torch.device) -> ListMask:
+        """Return the mask in which every tile holds the keys at the positions of its rows."""
+        num_tiles, num_keys = max(1, -(-problem["num_queries"] // tile_size)), problem["num_keys"]
+        offset = problem["query_offset"]
+        if offset is None:
+            offset = num_keys - problem["num_queries"]
+        begin = spaced(num_tiles, tile_size, offset, device, low=0)
+        if 0 <= offset <= num_keys - num_tiles * tile_size:
+            index = consecutive(offset, offset + num_tiles * tile_size, device)
+            index = index.view(num_tiles, tile_size)
+            count = spaced(1, 0, tile_size, device, dtype=torch.int32).expand(num_tiles)
+        else:
+            last = spaced(num_tiles, tile_size, offset + tile_size, device, low=0, high=num_keys)
+            index = begin.unsqueeze(-1) + torch.arange(tile_size, device=device)
+            index = index.clamp(max=max(0, num_keys - 1)).int()
+            count = (last - begin).clamp(min=0).int()
+        shape = (problem["batch_size"], problem["num_query_heads"], num_tiles)
+        return cls(
+            **problem, key_index=index.expand(*shape, -1), key_count=count.expand(shape),
+            tile_size=tile_size, is_ascending=True, is_own=True,
         )  # fmt: skip
 
     @classmethod

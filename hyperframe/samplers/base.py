@@ -15,7 +15,13 @@ from ..component import AbstractComponent, check_non_negative_int
 from ..errors import ArgumentError, ArgumentTypeError
 from ..masks import HeavyMask
 from ..plugins import described, is_built_in
-from ..randomness import check_generator, uniform, with_generator
+from ..randomness import (
+    check_generator,
+    draws_in_prefixes,
+    draws_in_ranges,
+    uniform,
+    with_generator,
+)
 from ..rectangles import Places
 from ..samples import KeySample, SampleDraw
 from ..validation import check_inputs, may_look_at
@@ -160,8 +166,9 @@ class AbstractSampler(AbstractComponent):
             key: as in `density`.
             value: as in `density`.
             num_samples: number of draws `m` of each prefix.
-            prefixes: int64 `[tiles]`, ascending lengths; the rows of a tile see more keys than
-                the prefix of the tile before it (of the first tile: than `n_k - n_q`).
+            prefixes: int64 `[tiles]`, ascending lengths, not to be written to; the rows of a tile
+                see more keys than the prefix of the tile before it (of the first tile: than
+                `n_k - n_q`).
             generator: source of the draws.
             scale: as in `density`.
 
@@ -174,14 +181,13 @@ class AbstractSampler(AbstractComponent):
         batch, heads, num_keys = key.shape[:3]
         density = self._checked_density(self.prefix_density, query, key, value, scale)
         shape = (batch, heads, len(prefixes), num_samples)
+        if density is None and self._may_repeat:
+            index, log_weight = draws_in_prefixes(prefixes, shape, num_keys, generator)
+            return KeySample(index=index, log_weight=log_weight.expand(shape))
         length = prefixes.clamp(min=1, max=num_keys).unsqueeze(-1)  # [T, 1]
         if density is None:
             draws = uniform(shape, key.device, generator)
-            if self._may_repeat:
-                # below the length: rounding never takes the product of 53 bits up to it
-                index = (draws * length).long()
-            else:
-                index = torch.minimum(distinct_places(draws, length), length - 1)
+            index = torch.minimum(distinct_places(draws, length), length - 1)
             log_weight = torch.log(length / max(1, num_samples))
             return whole_where_short(index, log_weight, prefixes, num_keys)
         before = prefixes.new_full((1,), max(0, num_keys - query.shape[2]))
@@ -227,6 +233,10 @@ class AbstractSampler(AbstractComponent):
             return None
         table = rectangle_table(rectangles, num_samples, key.device)
         shape = (*key.shape[:2], len(rectangles), num_samples)
+        if self._may_repeat:
+            found = draws_in_ranges(table.start, table.length, shape, generator)
+            if found is not None:
+                return KeySample(index=found, log_weight=table.log_weight.expand(shape))
         draws = uniform(shape, key.device, generator)
         if self._may_repeat:
             index = (draws * table.length).long() + table.start

@@ -28,12 +28,19 @@ repetitions must agree.
 MAX_REPETITIONS = 255
 """The bytes of all repetitions add up to a byte."""
 
+_LARGEST, _LARGEST_SUM = 15, 127
+"""Of a share, and of the sum of those of a node.
+
+Half a byte halves the memory of a search on a GPU, and seven bits are compared four at a time.
+Finer shares find no more: a heavy row's bucket shows all of it with probability 1/2 anyway.
+"""
+
 _MOST_TAU = 1e18  # of the search, whose squares must not overflow
 
 
 def _unit(repetitions: int) -> int:
     """Return the byte of a square that has all the energy of a heavy row."""
-    return MAX_REPETITIONS // repetitions
+    return min(_LARGEST, max(1, _LARGEST_SUM // repetitions))
 
 
 def _least_score(repetitions: int) -> int:

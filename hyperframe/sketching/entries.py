@@ -10,14 +10,15 @@ from typing import NamedTuple
 
 import torch
 
-from ..kernels.entry_lists import entry_lists
+from ..kernels.entry_lists import entry_lists, list_bytes
 from ..kernels.sketch import heavy_products
 from ..masks import EntryMask
 from ..precision import without_autocast
 
 __all__ = ["Entries", "entry_mask", "find_entries_exactly", "verified"]
 
-_CHUNK_BYTES = 64 << 20  # of temporaries held at once
+_CHUNK_BYTES = 64 << 20  # of temporaries held at once; as many as a search holds on a GPU
+_GPU_CHUNK_BYTES = 1 << 30
 # roundings that may not cost an entry that meets the bound exactly
 _SLACK = 128
 
@@ -98,7 +99,8 @@ def entry_mask(
 ) -> EntryMask:  # fmt: skip
     """Return the mask of entries that are known by columns.
 
-    The transposition is a sort of all pairs of a tile and a key by tile, see `entry_lists`. A pair
+    The transposition is a sort of all pairs of a tile and a key by tile, see `entry_lists`; of as
+    many heads at a time as fit into 64 MiB, on a GPU 1 GiB, of one at least. A pair
     is as strong as its strongest entry. What a tile cannot keep is not in the mask. Under
     `is_causal` a tile's own keys come after all keys before it, in their order, however strong they
     are: a key must not take the place of one that an earlier row holds.
@@ -114,7 +116,8 @@ def entry_mask(
 
     Returns:
         The mask; of equally strong pairs the ones with the first keys stay.
-    Cost: O(n_k C log(n_k C)) time for a head; memory of one head, and of the result.
+    Cost: O(n_k C) time for a head with Triton on CUDA, elsewhere sorts; memory of the heads that
+        are held at a time, and of the result.
     """
     heads, num_keys, width = row.shape
     num_tiles, longest = -(-num_queries // tile_size), min(max_keys, num_keys)
@@ -122,7 +125,8 @@ def entry_mask(
     index = torch.empty(shape, dtype=torch.int32, device=device)
     bits = torch.empty(shape, dtype=torch.int64, device=device)
     count = torch.empty(shape[:2], dtype=torch.int32, device=device)
-    step = max(1, _CHUNK_BYTES // max(1, 64 * num_keys * width))
+    limit = _GPU_CHUNK_BYTES if device.type == "cuda" else _CHUNK_BYTES
+    step = max(1, limit // max(1, list_bytes(row, strength, longest) * num_keys * width))
     for first in range(0, heads, step):
         part = slice(first, min(first + step, heads))
         rank = _ranked(row[part], strength[part].float(), num_queries, tile_size, is_causal)

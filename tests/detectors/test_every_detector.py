@@ -38,7 +38,7 @@ SPECS = {
     ),
     "lsh_topk": (
         "lsh_topk(num_rounds=2, keep=3, num_keys=6, num_buckets=8, reach=9, min_offset=3, "
-        "tile_size=9)"
+        "tile_size=9, votes=4)"
     ),
     "oracle": "oracle(budget=6)",
     "pca_tree": "pca_tree(tile_size=9, num_means=2, chunk_size=18, leaf_size=6, num_leaves=2)",
@@ -46,7 +46,9 @@ SPECS = {
         "pooled_topk(tile_size=9, num_means=2, chunk_size=18, block_size=6, num_blocks=2)"
     ),
     "quest": "quest(block_size=6, num_blocks=2, num_queries=3, reduction='max', tile_size=9)",
-    "refined": "refined(candidates='oracle(budget=60)', num_keys=6, top_p=0.9, tile_size=9)",
+    "refined": (
+        "refined(candidates='oracle(budget=60)', num_keys=6, top_p=0.9, tile_size=9, vote_step=3)"
+    ),
     "reformer_lsh": "reformer_lsh(block_size=6, num_buckets=8, num_rounds=2)",
     "sliding_window": "sliding_window(width=6, num_sinks=2)",
     "sort_lsh": "sort_lsh(block_size=6, num_projections=3, centre_keys=True, num_rounds=2)",

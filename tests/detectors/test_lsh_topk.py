@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hyperframe.attention import HyperAttention
-from hyperframe.detectors import create
+from hyperframe.detectors import create, lsh_topk
 from hyperframe.detectors.lsh_topk import LSHTopK
 from hyperframe.errors import ArgumentError, ArgumentTypeError
 from hyperframe.kernels import bucket_votes, buckets
@@ -20,6 +20,7 @@ from hyperframe.testing import masked_attention
 from hyperframe.testing.strategies import AttentionInputs, attention_inputs
 
 SIZES = st.integers(1, 60)
+JOINED = [6, 4]  # two hashes of 24 buckets, for heads of 6
 SMALL = {"num_rounds": 2, "keep": 2, "num_keys": 5, "num_buckets": 4, "reach": 6, "tile_size": 8}
 
 
@@ -44,18 +45,22 @@ def by_hand(
     batch, heads, num_queries, dim = query.shape
     key_heads, num_keys = key.shape[1:3]
     group, offset = heads // key_heads, num_keys - num_queries
-    half = detector.num_buckets // 2
-    shape = (detector.num_rounds, batch, key_heads, dim, half)
+    sizes = [detector.num_buckets] if detector.num_buckets <= 2 * dim else JOINED
+    shape = (detector.num_rounds, batch, key_heads, dim, sum(sizes) // 2)
     rotations = torch.randn(shape, generator=generator(seed)).double()
     size = min(detector.tile_size, num_queries)
     unit = detector.tile_size if detector.tile_size > 1 else 64  # centred together
-    run = min(unit, num_queries)
+    steps = [1 if n <= lsh_topk._ALL_ROWS else 8 for n in (num_queries, num_keys)]
+    runs = [min(step * unit, n) for step, n in zip(steps, (num_queries, num_keys), strict=True)]
+    run = runs[0]
     dense = torch.zeros(batch, heads, num_queries, num_keys, dtype=torch.bool)
 
-    def bucket(x: torch.Tensor, rotation: torch.Tensor) -> int:
-        return int(torch.cat([x @ rotation, -(x @ rotation)]).argmax())
+    def bucket(x: torch.Tensor, rotation: torch.Tensor) -> tuple[int, ...]:
+        parts = (x @ rotation).split([size // 2 for size in sizes])
+        return tuple(int(torch.cat([part, -part]).argmax()) for part in parts)
 
-    def mean(rows: torch.Tensor) -> torch.Tensor:
+    def mean(rows: torch.Tensor, step: int = 1, run: int = 1 << 20) -> torch.Tensor:
+        rows = torch.cat([torch.empty(0, dim), *(part[::step] for part in rows.split(run))])
         return rows.mean(dim=0) if len(rows) else torch.zeros(dim, dtype=torch.float64)
 
     for b in range(batch):
@@ -78,17 +83,19 @@ def by_hand(
                     if row < 0:
                         y = early[row] - mean(early)
                     elif is_causal or strict:
-                        known = torch.cat([early, q[: row // run * run]])
+                        known = [*q[: row // run * run].split(run), early]
+                        known = torch.cat([rows[:: steps[0]] for rows in known])
                         y = q[row] - mean(known)
                     else:
-                        y = q[row] - mean(q)
+                        y = q[row] - mean(q, steps[0])
                     kept = set()
                     for r in range(detector.num_rounds):
                         rotation = rotations[r, b, h // group]
                         own = bucket(y, rotation)
                         members = []
                         for j in range(num_keys):
-                            centre = mean(k[: j // unit * unit]) if is_causal else mean(k)
+                            past = k[: j // runs[1] * runs[1]]
+                            centre = mean(past if is_causal else k, steps[1], runs[1])
                             if bucket(k[j] - centre, rotation) == own:
                                 members.append(j)
                         if is_causal:
@@ -109,6 +116,9 @@ def by_hand(
                     if not kept:
                         continue
                     terms = torch.stack([logits[row + shift, j] + extra for j, extra in look])
+                    if detector.votes is not None and detector.tile_size > 1:
+                        ordered = sorted(kept, key=lambda j: -float(logits[row + shift, j]))
+                        kept = set(ordered[: detector.votes])
                     for j in kept:
                         share = float((logits[row + shift, j] - terms.logsumexp(dim=0)).exp())
                         weight[j] = weight.get(j, 0.0) + share
@@ -127,7 +137,9 @@ def by_hand(
     "num_queries, num_keys, changes",
     [(40, 40, {}), (29, 45, {}), (45, 29, {"reach": 3, "keep": 4}), (5, 30, {"num_keys": 2}),
      (12, 90, {"num_rounds": 3, "reach": 70, "keep": 1}), (29, 45, {"min_offset": 9}),
-     (30, 45, {"tile_size": 1, "num_keys": 3}), (70, 72, {"tile_size": 1, "min_offset": 20})],
+     (40, 90, {"num_buckets": 24, "num_rounds": 5, "votes": 1}), (29, 45, {"votes": 3}),
+     (30, 45, {"tile_size": 1, "num_keys": 3, "votes": 1}),
+     (70, 72, {"tile_size": 1, "min_offset": 20})],
 )  # fmt: skip
 def test_the_keys_of_a_tile_are_those_of_the_definition(
     num_queries: int, num_keys: int, changes: dict[str, int], is_causal: bool, strict: bool
@@ -140,6 +152,22 @@ def test_the_keys_of_a_tile_are_those_of_the_definition(
         detector, query, key, 3, scale=0.6, is_causal=is_causal, strict=strict
     )  # fmt: skip
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_means_of_many_rows_are_of_every_eighth_one_of_longer_runs(
+    monkeypatch: pytest.MonkeyPatch, is_causal: bool, strict: bool
+) -> None:
+    monkeypatch.setattr(lsh_topk, "_ALL_ROWS", 39)
+    query, key = tensors(num_queries=38, num_keys=61)
+    detector = LSHTopK(**(SMALL | {"tile_size": 3}))
+    find = detector.find_strict if strict else detector.find
+    options: dict[str, Any] = {"scale": 0.6, "is_causal": is_causal}
+    found = find(query, key, generator=generator(3), **options).to_dense()
+    assert torch.equal(found, by_hand(detector, query, key, 3, **options, strict=strict))
+    monkeypatch.setattr(lsh_topk, "_ALL_ROWS", 61)
+    assert not torch.equal(found, find(query, key, generator=generator(3), **options).to_dense())
 
 
 @pytest.mark.parametrize("num_earlier", [0, 3, 7, 25])
@@ -311,6 +339,18 @@ def test_default_buckets_go_by_the_number_of_keys_and_the_width_of_heads() -> No
 
 
 @pytest.mark.parametrize(
+    "number, halves",
+    [(128, (64, 0)), (130, (65, 0)), (256, (8, 8)), (512, (16, 8)), (516, (129, 1)),
+     (2048, (32, 16))],
+)  # fmt: skip
+def test_more_buckets_than_twice_the_width_are_those_of_two_hashes(
+    number: int, halves: tuple[int, int]
+) -> None:
+    assert lsh_topk._directions(number, 64) == halves
+    assert 2 * halves[0] * max(1, 2 * halves[1]) == number
+
+
+@pytest.mark.parametrize(
     "spec",
     [
         "lsh_topk(num_keys=20, tile_size=16)",
@@ -380,7 +420,7 @@ def test_single_rows_past_the_first_run_are_centred_and_strict_as_they_are() -> 
 def test_bad_options_are_refused_by_name() -> None:
     with pytest.raises(ArgumentError, match=r"lsh_topk: min_offset=-1"):
         LSHTopK(min_offset=-1)
-    for option in ("num_rounds", "keep", "num_keys", "num_buckets", "reach", "tile_size"):
+    for option in ("num_rounds", "keep", "num_keys", "num_buckets", "reach", "tile_size", "votes"):
         with pytest.raises(ArgumentError, match=rf"lsh_topk: {option}=0 is too small"):
             LSHTopK(**{option: 0})
         with pytest.raises(ArgumentTypeError, match=rf"lsh_topk: {option}=True has type bool"):

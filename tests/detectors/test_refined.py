@@ -41,7 +41,7 @@ def found(detector: AbstractDetector, mode: str, query: torch.Tensor, key: torch
 
 def chosen_by_hand(
     query: torch.Tensor, key: torch.Tensor, *, size: int, num_keys: int, left: int, sinks: int,
-    strict: bool, scale: float,
+    strict: bool, scale: float, step: int = 1,
 ) -> torch.Tensor:  # fmt: skip
     """Entries kept of all keys: the definition, row by row. No band where `left < 0`."""
     batch, heads, rows, _ = query.shape
@@ -59,7 +59,7 @@ def chosen_by_hand(
         ])  # fmt: skip
         is_candidate = (place < begin) & ~held.all(dim=0)
         mass = torch.zeros(batch, heads, keys, dtype=torch.float64)
-        voters = range(start - size + 1, start + 1) if strict else range(start, stop)
+        voters = range(start, start - size, -step) if strict else range(start, stop, step)
         for row in voters:
             q = query[:, :, max(row, 0)]
             at = row + offset
@@ -117,16 +117,18 @@ def with_window(candidates: Any, left: int, sinks: int) -> Any:
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("left, sinks", [(-1, 0), (5, 3), (12, 0)])
 @pytest.mark.parametrize("num_queries, num_keys", [(40, 40), (37, 45)])
+@pytest.mark.parametrize("vote_step", [1, 4])
 def test_the_choice_is_the_one_that_is_written_down(
-    strict: bool, left: int, sinks: int, num_queries: int, num_keys: int
+    strict: bool, left: int, sinks: int, num_queries: int, num_keys: int, vote_step: int
 ) -> None:
     query, key = tensors(num_queries=num_queries, num_keys=num_keys)
     candidates = with_window(Everything(), left, sinks)
-    detector = Refined(candidates=candidates, num_keys=6, tile_size=8)
+    detector = Refined(candidates=candidates, num_keys=6, tile_size=8, vote_step=vote_step)
     mask = found(detector, "strict causal" if strict else "causal", query, key, scale=0.7)
     expected = chosen_by_hand(
-        query, key, size=8, num_keys=6, left=left, sinks=sinks, strict=strict, scale=0.7
-    )
+        query, key, size=8, num_keys=6, left=left, sinks=sinks, strict=strict, scale=0.7,
+        step=vote_step,
+    )  # fmt: skip
     assert torch.equal(mask.to_dense(), expected)
 
 
@@ -231,6 +233,8 @@ def test_wrong_parameters_are_refused_by_name() -> None:
     query, key = tensors()
     with pytest.raises(ArgumentError, match="num_keys"):
         Refined(num_keys=0)
+    with pytest.raises(ArgumentError, match="vote_step"):
+        Refined(vote_step=0)
     with pytest.raises(ArgumentError, match="heavy_colums"):
         Refined(candidates="heavy_colums")
     with pytest.raises(UnsupportedError, match="candidates=sort_lsh holds hash blocks"):

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperframe.attention import HyperAttention
 from hyperframe.detectors import vertical_slash
-from hyperframe.detectors.slashes import caught_mass
 from hyperframe.detectors.vertical_slash import VerticalSlash
 from hyperframe.errors import ArgumentError, ArgumentTypeError
 from hyperframe.kernels import votes as votes_module
+from hyperframe.kernels.slashes import caught_mass
 from hyperframe.kernels.votes import diagonal_mass
 from hyperframe.testing.strategies import AttentionInputs, attention_inputs
 

@@ -76,9 +76,14 @@ def test_long_sequences_and_many_run_sizes(log_length: int) -> None:
 @pytest.mark.parametrize("block_rows, num_warps", [(16, 1), (32, 4), (64, 2), (64, 4), (128, 4),
                                                    (128, 8)])  # fmt: skip
 @pytest.mark.parametrize("bits", [3, 7, 8])
-def test_the_tuning_changes_nothing(bits: int, block_rows: int, num_warps: int) -> None:
+@pytest.mark.parametrize("sorts", [False, True])
+def test_the_tuning_changes_nothing(
+    sorts: bool, bits: int, block_rows: int, num_warps: int
+) -> None:
     q, k, projection, threshold = integers(2, 4, 2, 3001, 2999, 64, bits, torch.bfloat16)
-    tuning = kernels.Tuning(chunk=256, block_rows=block_rows, num_warps=num_warps, num_stages=3)
+    tuning = kernels.Tuning(
+        chunk=256, block_rows=block_rows, num_warps=num_warps, num_stages=3, sorts=sorts
+    )
     found = kernels.triton_hash_orders(q, k, projection, threshold, (700, 1400, 3001), tuning)
     assert_equal(found, torch_hash_orders(q, k, projection, threshold, (700, 1400, 3001)))
 

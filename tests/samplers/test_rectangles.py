@@ -12,6 +12,7 @@ from scipy.stats import binom
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperframe import HyperAttention, pipeline
+from hyperframe.randomness import Stream
 from hyperframe.rectangles import causal_levels, level_rectangles
 from hyperframe.samplers import Stratified, Uniform, create
 from hyperframe.samplers.base import AbstractSampler
@@ -49,6 +50,20 @@ def test_every_rectangle_has_its_own_keys_and_weights() -> None:
             )
     drawn = sample.index[:, :, 3].flatten(0, 1).tolist()
     assert len({tuple(x) for x in drawn}) == 4  # heads and batch items draw on their own
+
+
+@pytest.mark.parametrize("num_samples", [2, 4])
+def test_a_stream_draws_the_keys_that_its_uniform_numbers_name(num_samples: int) -> None:
+    found = Uniform().sample_rectangles(
+        *tensors(), num_samples=num_samples, rectangles=RECTANGLES, generator=Stream(5)
+    )
+    assert found is not None
+    draws = Stream(5).uniform((2, 2, 4, num_samples), torch.device("cpu"))
+    for number, (_, _, start, stop) in enumerate(RECTANGLES):
+        expected = (draws[:, :, number] * (stop - start)).long() + start
+        if stop - start <= num_samples:
+            expected = (start + torch.arange(num_samples)).clamp(max=stop - 1).expand_as(expected)
+        assert torch.equal(found.index[:, :, number], expected)
 
 
 def test_the_weights_of_drawn_rectangles_are_stored_once() -> None:

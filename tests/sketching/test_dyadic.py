@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hyperframe.sketching.columns import ColumnProblem
 from hyperframe.sketching.count_sketch import BRANCHING, CountSketch
-from hyperframe.sketching.dyadic import MAX_REPETITIONS, RowSearch, miss_bound, repetitions_for
+from hyperframe.sketching.dyadic import RowSearch, miss_bound, repetitions_for
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -38,7 +38,7 @@ def by_hand(
 ) -> set[int]:
     """The candidates of a column of the first head by the definition, where few nodes pass."""
     drawn, repetitions = found.drawn, found.drawn.repetitions
-    unit = MAX_REPETITIONS // repetitions
+    unit = min(15, max(1, 127 // repetitions))
     kept = list(range(drawn.levels[0]))
     for level in range(len(drawn.levels)):
         scores = {}

@@ -39,7 +39,7 @@ def tree(
 
     nodes = sum(top * 8**level for level in range(levels))
     blocks = torch.randint(width // 8, (2, nodes, repetitions), generator=g)
-    unit = 255 // repetitions
+    unit = min(15, 127 // repetitions)
     return {
         "key": whole(2, columns, 5), "top": whole(2, repetitions, top, 5),
         "hashed": whole(2, levels, repetitions, width, 5),

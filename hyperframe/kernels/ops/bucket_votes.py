@@ -8,7 +8,7 @@ __all__ = ["SCHEMA"]
 
 SCHEMA = (
     "(Tensor voters, Tensor key, Tensor index, Tensor score, Tensor before, SymInt size,"
-    " float scale) -> Tensor"
+    " SymInt votes, float scale) -> (Tensor, Tensor)"
 )
 """Shares of the softmax that keys found by rows have; see `kernels.bucket_votes`."""
 
@@ -16,8 +16,9 @@ torch.library.define("hyperframe::bucket_votes", SCHEMA, tags=(torch.Tag.pt2_com
 
 
 @torch.library.register_fake("hyperframe::bucket_votes")
-def _shape(
+def _shapes(
     voters: torch.Tensor, key: torch.Tensor, index: torch.Tensor, score: torch.Tensor,
-    before: torch.Tensor, size: int, scale: float,
-) -> torch.Tensor:  # fmt: skip
-    return score.new_empty(score.shape)
+    before: torch.Tensor, size: int, votes: int, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    shape = (*index.shape[:-1], votes)
+    return index.new_empty(shape), score.new_empty(shape)

@@ -9,7 +9,7 @@ __all__ = ["SCHEMA"]
 SCHEMA = (
     "(Tensor voters, Tensor rows, Tensor position, Tensor key, Tensor index, Tensor begin,"
     " SymInt[] window, float scale, bool is_causal, bool is_delayed,"
-    " int stride) -> Tensor"
+    " int stride, int step=1) -> Tensor"
 )
 """Softmax mass of candidates; see `kernels.mass.tile_mass`."""
 
@@ -20,7 +20,7 @@ torch.library.define("hyperframe::tile_mass", SCHEMA, tags=(torch.Tag.pt2_compli
 def _shapes(
     voters: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, key: torch.Tensor,
     index: torch.Tensor, begin: torch.Tensor, window: list[int], scale: float, is_causal: bool,
-    is_delayed: bool, stride: int,
+    is_delayed: bool, stride: int, step: int = 1,
 ) -> torch.Tensor:  # fmt: skip
     dtype = torch.promote_types(key.dtype, torch.float32)
     return torch.empty(index.shape, dtype=dtype, device=index.device)

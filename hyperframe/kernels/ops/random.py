@@ -19,7 +19,14 @@ import torch
 
 from . import has_triton
 
-__all__ = ["random_normal", "random_uniform"]
+__all__ = [
+    "prefix_draws",
+    "random_normal",
+    "random_uniform",
+    "range_draws",
+    "spread_range_draws",
+    "weigh_prefix_draws",
+]
 
 
 def _signed(value: int) -> int:
@@ -63,6 +70,92 @@ def random_normal(seed: torch.Tensor, stream: int, shape: Sequence[int]) -> torc
     return drawn
 
 
+def prefix_draws(
+    seed: torch.Tensor, stream: int, prefixes: torch.Tensor, shape: Sequence[int], num_keys: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return uniform draws from prefixes of the keys, by the numbers of `random_uniform`.
+
+    Args:
+        seed: as in `random_uniform`.
+        stream: as in `random_uniform`.
+        prefixes: int64 `[tiles]`, on the device of the seed.
+        shape: `(batch, heads, tiles, m)`.
+        num_keys: keys of the call; longer prefixes count as that long.
+
+    Returns:
+        int64 of that shape, and log weights, float32 `[tiles, m]`; see `weigh_prefix_draws`. One
+        launch on a GPU with Triton, and no number is stored in between. No gradient.
+    """
+    index, weight = torch.ops.hyperframe.prefix_draws(seed, stream, prefixes, shape, num_keys)
+    return index, weight
+
+
+def weigh_prefix_draws(
+    draws: torch.Tensor, prefixes: torch.Tensor, num_keys: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the keys that draws from [0, 1) name in prefixes, and their log weights.
+
+    Args:
+        draws: float64 `[batch, heads, tiles, m]`.
+        prefixes: int64 `[tiles]`.
+        num_keys: keys of the call.
+
+    Returns:
+        int64, and float32 `[tiles, m]`: `log(length / m)`. A prefix of at most `m` keys is taken
+        whole, every key once with weight 1, and `-inf` in the slots behind.
+    """
+    num_samples = draws.shape[-1]
+    length = prefixes.clamp(min=1, max=num_keys).unsqueeze(-1)  # [T, 1]
+    slot = torch.arange(num_samples, device=draws.device)
+    is_whole = prefixes.unsqueeze(-1) <= num_samples
+    whole = torch.zeros_like(slot, dtype=torch.float32)
+    whole = whole.masked_fill(slot >= prefixes.unsqueeze(-1), float("-inf"))
+    weight = torch.where(is_whole, whole, torch.log(length / max(1, num_samples)))
+    # below the length: rounding never takes the product of 53 bits up to it
+    index = torch.where(is_whole, slot.clamp(max=num_keys - 1), (draws * length).long())
+    return index, weight
+
+
+def range_draws(
+    seed: torch.Tensor, stream: int, start: torch.Tensor, length: torch.Tensor, shape: Sequence[int]
+) -> torch.Tensor:
+    """Return uniform draws from ranges of the keys, by the numbers of `random_uniform`.
+
+    Args:
+        seed: as in `random_uniform`.
+        stream: as in `random_uniform`.
+        start: int64 `[ranges, 1]`, on the device of the seed: the first key of each.
+        length: float64 `[ranges, 1]`: how many keys each has, at least one.
+        shape: `(batch, heads, ranges, m)`.
+
+    Returns:
+        int64 of that shape; see `spread_range_draws`. One launch on a GPU with Triton, and no
+        number is stored in between. No gradient.
+    """
+    index: torch.Tensor = torch.ops.hyperframe.range_draws(seed, stream, start, length, shape)
+    return index
+
+
+def spread_range_draws(
+    draws: torch.Tensor, start: torch.Tensor, length: torch.Tensor
+) -> torch.Tensor:
+    """Return the keys that draws from [0, 1) name in ranges.
+
+    Args:
+        draws: float64 `[batch, heads, ranges, m]`.
+        start: int64 `[ranges, 1]`.
+        length: float64 `[ranges, 1]`.
+
+    Returns:
+        int64. A range of at most `m` keys is taken whole, the last key in all slots behind.
+    """
+    slot = torch.arange(draws.shape[-1], device=draws.device)
+    whole = torch.minimum(slot, length.long() - 1)
+    # below the length: rounding never takes the product of 53 bits up to it
+    place = torch.where(length <= draws.shape[-1], whole, (draws * length).long())
+    return place + start
+
+
 def _mix(x: torch.Tensor) -> torch.Tensor:
     x = (x ^ _shifted(x, 30)) * _FACTORS[0]
     x = (x ^ _shifted(x, 27)) * _FACTORS[1]
@@ -96,6 +189,17 @@ _SCHEMA = "(Tensor seed, int stream, SymInt[] shape) -> Tensor"
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 torch.library.define("hyperframe::random_uniform", _SCHEMA, tags=_TAGS)
 torch.library.define("hyperframe::random_normal", _SCHEMA, tags=_TAGS)
+torch.library.define(
+    "hyperframe::prefix_draws",
+    "(Tensor seed, int stream, Tensor prefixes, SymInt[] shape, SymInt num_keys)"
+    " -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+torch.library.define(
+    "hyperframe::range_draws",
+    "(Tensor seed, int stream, Tensor start, Tensor length, SymInt[] shape) -> Tensor",
+    tags=_TAGS,
+)
 
 
 @torch.library.impl("hyperframe::random_uniform", "default")
@@ -116,6 +220,45 @@ def _run_normal(seed: torch.Tensor, stream: int, shape: Sequence[int]) -> torch.
 
     with torch.cuda.device(seed.device):
         return kernels.random_normal(seed, stream, shape)
+
+
+@torch.library.impl("hyperframe::prefix_draws", "default")
+def _run_prefixes(
+    seed: torch.Tensor, stream: int, prefixes: torch.Tensor, shape: Sequence[int], num_keys: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not (seed.is_cuda and has_triton()):
+        return weigh_prefix_draws(_uniform_torch(seed, stream, shape), prefixes, num_keys)
+    from ..triton import random as kernels
+
+    with torch.cuda.device(seed.device):
+        return kernels.prefix_draws(seed, stream, prefixes, shape, num_keys)
+
+
+@torch.library.impl("hyperframe::range_draws", "default")
+def _run_ranges(
+    seed: torch.Tensor, stream: int, start: torch.Tensor, length: torch.Tensor, shape: Sequence[int]
+) -> torch.Tensor:
+    if not (seed.is_cuda and has_triton()):
+        return spread_range_draws(_uniform_torch(seed, stream, shape), start, length)
+    from ..triton import random as kernels
+
+    with torch.cuda.device(seed.device):
+        return kernels.range_draws(seed, stream, start, length, shape)
+
+
+@torch.library.register_fake("hyperframe::range_draws")
+def _shape_of_ranges(
+    seed: torch.Tensor, stream: int, start: torch.Tensor, length: torch.Tensor, shape: Sequence[int]
+) -> torch.Tensor:
+    return seed.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.register_fake("hyperframe::prefix_draws")
+def _shapes_of_prefixes(
+    seed: torch.Tensor, stream: int, prefixes: torch.Tensor, shape: Sequence[int], num_keys: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    index = seed.new_empty(shape, dtype=torch.int64)
+    return index, seed.new_empty(shape[2:], dtype=torch.float32)
 
 
 @torch.library.register_fake("hyperframe::random_uniform")

@@ -7,14 +7,18 @@ plan is shared, the plan becomes one tile of all rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ...blockplan import BlockPlan
 from ...plan import TilePlan
+from ...tables import int_table, kept
 from . import common
+from .beside import Beside
 from .configs import padded, power_of_two
 from .lists import block_lists_kernel, places_kernel
 
@@ -22,12 +26,16 @@ __all__ = [
     "LIST",
     "RANK",
     "WEIGHT",
+    "ListSource",
     "PlanView",
+    "alike",
     "is_wide",
     "kernel_arguments",
+    "number_of_tiles",
     "places_of",
     "strides_of",
     "view_of",
+    "views_of",
 ]
 
 # the kernels' own constants, as plain numbers
@@ -55,7 +63,7 @@ class PlanView:
         lists: arguments that say which keys a tile holds, and their weights.
         features: arguments of the compile-time features.
         variant: the compile-time features by name.
-        blocks: the plan, if it is a block plan.
+        source: of a block plan, that and what its lists are made of.
     """
 
     rows: int
@@ -69,7 +77,12 @@ class PlanView:
     lists: dict[str, Any]
     features: dict[str, Any]
     variant: dict[str, Any]
-    blocks: BlockPlan | None = None
+    source: ListSource | None = None
+
+    @property
+    def blocks(self) -> BlockPlan | None:
+        """The plan, if it is a block plan."""
+        return None if self.source is None else self.source.plan
 
     @property
     def places(self) -> int:
@@ -112,9 +125,22 @@ def _unit(tensor: torch.Tensor) -> torch.Tensor:
 
 def view_of(plan: TilePlan | BlockPlan, nothing: torch.Tensor) -> PlanView:
     """Return the kernels' view of a plan; `nothing` stands for absent tensors."""
-    if isinstance(plan, BlockPlan):
-        return _block_view(plan, nothing)
-    return _tile_view(plan, nothing)
+    return views_of([plan], nothing)[0]
+
+
+def views_of(
+    plans: Sequence[TilePlan | BlockPlan], nothing: torch.Tensor, beside: Beside | None = None
+) -> list[PlanView]:
+    """Return the kernels' view of every plan.
+
+    The lists of block plans are laid out together, and beside what follows if that is given.
+    """
+    sources = [ListSource.of(plan) for plan in plans if isinstance(plan, BlockPlan)]
+    lists = _block_lists(sources, nothing, beside)
+    blocks = (_block_view(*both, nothing) for both in zip(sources, lists, strict=True))
+    return [
+        next(blocks) if isinstance(plan, BlockPlan) else _tile_view(plan, nothing) for plan in plans
+    ]
 
 
 _NO_FEATURES = {
@@ -131,9 +157,10 @@ _POINTERS = (
 )  # fmt: skip
 
 
-def _block_view(plan: BlockPlan, nothing: torch.Tensor) -> PlanView:
+def _block_view(source: ListSource, lists: _Lists, nothing: torch.Tensor) -> PlanView:
+    plan = source.plan
     order = _unit(plan.query_order)
-    index, weight, count = _block_lists(plan, nothing)
+    index, weight, count = lists
     uniform = _weigh_alike(plan)
     covered = sum(rectangle[1] - rectangle[0] for rectangle in plan.rectangles)
     return PlanView(
@@ -151,7 +178,7 @@ def _block_view(plan: BlockPlan, nothing: torch.Tensor) -> PlanView:
             **dict.fromkeys(_POINTERS, nothing), "num_summaries": 0, "left": 0, "right": 0,
             "position_offset": 0,
         },
-        variant={**_NO_FEATURES, "HAS_WEIGHT": not uniform}, blocks=plan,
+        variant={**_NO_FEATURES, "HAS_WEIGHT": not uniform}, source=source,
     )  # fmt: skip
 
 
@@ -161,70 +188,157 @@ def _weigh_alike(plan: BlockPlan) -> bool:
     return weight is None or weight.shape[-1] <= 1 or weight.stride(-1) == 0
 
 
+class ListSource(NamedTuple):
+    """What the lists of a block plan are made of, and what they have in common with others."""
+
+    plan: BlockPlan
+    order: torch.Tensor
+    sample: torch.Tensor | None
+    rank: torch.Tensor | None
+    weight: torch.Tensor | None
+    shared: dict[str, Any]
+
+    @classmethod
+    def of(cls, plan: BlockPlan) -> ListSource:
+        """Return that of a plan."""
+        order, exact = _unit(plan.key_order), _padded(max(1, plan.max_keys))
+        samples = power_of_two(plan.num_samples) if plan.num_samples else 0
+        sample, rank, weight = plan.sample_index, plan.key_rank, plan.sample_log_weight
+        if not samples:
+            sample = rank = weight = None
+        sample = None if sample is None else _unit(sample)
+        rank = None if rank is None else _unit(rank)
+        shared = {
+            **strides_of(order, _ORDER),
+            **strides_of(sample, ("sample_batch", "sample_head")), **strides_of(rank, RANK),
+            **strides_of(weight, ("weight_batch", "weight_head")),
+            # as it is, also of a plan with one rectangle: it may share the launch of others
+            "sample_rectangle": 0 if sample is None else sample.stride(2),
+            "weight_rectangle": 0 if weight is None else weight.stride(2),
+            "weight_slot": 0 if weight is None or weight.shape[3] == 1 else weight.stride(3),
+            "heads": order.shape[0] * order.shape[1], "key_heads": order.shape[1],
+            "num_keys": plan.num_keys, "num_samples": plan.num_samples, "exact_slots": exact,
+            "list_slots": exact + samples, "WEIGHTS": not _weigh_alike(plan),
+            "BLOCK": min(256, exact), "SAMPLES": samples,
+        }  # fmt: skip
+        return cls(plan, order, sample, rank, weight, shared)
+
+
+_Lists = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
+
+
 def _block_lists(
-    plan: BlockPlan, nothing: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    sources: Sequence[ListSource], nothing: torch.Tensor, beside: Beside | None
+) -> list[_Lists]:
     """Return keys and log weights `[batch, key_heads, T, L]` and lengths of the lists of all tiles.
 
-    Of samples that weigh alike there is one weight for a rectangle: `[batch, key_heads, R, 1]`.
+    For every plan; those of one form are laid out in one launch. Of samples that weigh alike there
+    is one weight for a rectangle: `[batch, key_heads, R, 1]`.
     """
-    order = _unit(plan.key_order)
-    batch, key_heads = order.shape[:2]
-    tiles, exact = plan.tiles.shape[0], _padded(max(1, plan.max_keys))
-    samples = power_of_two(plan.num_samples) if plan.num_samples else 0
-    shape = (batch, key_heads, tiles, exact + samples)
-    index = torch.empty(shape, dtype=torch.int32, device=order.device)
-    count = torch.empty(shape[:3], dtype=torch.int32, device=order.device)
-    sample, rank, weight = plan.sample_index, plan.key_rank, plan.sample_log_weight
-    if not samples:
-        sample = rank = weight = None
-    sample = None if sample is None else _unit(sample)
-    rank = None if rank is None else _unit(rank)
-    alike = _weigh_alike(plan)
-    weights = None if alike else torch.empty(shape, dtype=torch.float32, device=order.device)
-    programs = batch * key_heads * tiles
-    if programs:
-        block_lists_kernel[(programs,)](
-            table_ptr=plan.tiles, order_ptr=order, **strides_of(order, _ORDER),
-            sample_ptr=nothing if sample is None else sample,
-            **strides_of(sample, ("sample_batch", "sample_head", "sample_rectangle")),
-            rank_ptr=nothing if rank is None else rank,
-            **strides_of(rank, RANK),
-            weight_ptr=nothing if weight is None else weight,
-            **strides_of(
-                weight, ("weight_batch", "weight_head", "weight_rectangle", "weight_slot")
-            ),
-            index_ptr=index, log_weight_ptr=nothing if weights is None else weights,
-            count_ptr=count, key_heads=key_heads, num_tiles=tiles, num_keys=plan.num_keys,
-            num_samples=plan.num_samples, exact_slots=exact, list_slots=shape[-1],
-            WEIGHTS=not alike, BLOCK=min(256, exact), SAMPLES=samples,
-        )  # fmt: skip
-    return index, (weight if alike else weights), count
+    made: list[_Lists] = []
+    for source in sources:
+        order, shared = source.order, source.shared
+        shape = (*order.shape[:2], source.plan.tiles.shape[0], shared["list_slots"])
+        index = torch.empty(shape, dtype=torch.int32, device=order.device)
+        weight = source.weight
+        if shared["WEIGHTS"]:
+            weight = torch.empty(shape, dtype=torch.float32, device=order.device)
+        made.append((index, weight, torch.empty(shape[:3], dtype=torch.int32, device=order.device)))
+    with nullcontext() if beside is None else beside.here():
+        for numbers in alike([source.shared for source in sources]):
+            several = [(sources[number], *made[number]) for number in numbers]
+            shared = sources[numbers[0]].shared
+            sizes, tiles = number_of_tiles([source.plan for source, *_ in several], nothing)
+            programs = shared["heads"] * tiles
+            if programs == 0:
+                continue
+            block_lists_kernel[(programs, len(several))](
+                **shared, tiles_ptr=sizes, num_tiles=tiles, PLANS=len(several),
+                tables=tuple(source.plan.tiles for source, *_ in several),
+                orders=tuple(source.order for source, *_ in several),
+                samples=tuple(_or(source.sample, nothing) for source, *_ in several),
+                ranks=tuple(_or(source.rank, nothing) for source, *_ in several),
+                weights=tuple(_or(source.weight, nothing) for source, *_ in several),
+                indices=tuple(index for _, index, _, _ in several),
+                log_weights=tuple(
+                    _or(weight, nothing) if shared["WEIGHTS"] else nothing
+                    for _, _, weight, _ in several
+                ),
+                counts=tuple(count for *_, count in several),
+            )  # fmt: skip
+    return made
+
+
+def _or(tensor: torch.Tensor | None, nothing: torch.Tensor) -> torch.Tensor:
+    return nothing if tensor is None else tensor
+
+
+def alike(forms: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """Return the numbers of equal forms, together."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for number, form in enumerate(forms):
+        groups.setdefault(tuple(form.values()), []).append(number)
+    return list(groups.values())
+
+
+def number_of_tiles(plans: Sequence[BlockPlan], nothing: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return how many tiles several plans have, on the device, and the largest number."""
+    counts = tuple(plan.tiles.shape[0] for plan in plans)
+    # (a table is only read where there are several)
+    return _tile_counts(counts, plans[0].tiles.device) if len(plans) > 1 else nothing, max(counts)
+
+
+@kept
+def _tile_counts(counts: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return int_table([(count,) for count in counts], 1, device)
 
 
 def places_of(
-    view: PlanView, query: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor
-) -> dict[str, Any]:
-    """Return row, log normaliser and delta of every place of the tiles, as arguments."""
+    views: Sequence[PlanView], query: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor
+) -> list[dict[str, Any]]:
+    """Return row, log normaliser and delta of every place of the tiles, as arguments, by view.
+
+    Views of block plans of one form share a launch.
+    """
     batch, heads, rows = lse.shape
-    place_tile = _padded(view.places)
-    shape = (batch, view.plan_heads, view.num_tiles, place_tile)
-    row = torch.empty(shape, dtype=torch.int32, device=lse.device)
-    place_lse, place_delta = (torch.empty(shape, device=lse.device) for _ in range(2))
-    block = 128 if place_tile % 128 == 0 else place_tile
-    programs = batch * view.plan_heads * view.num_tiles * (place_tile // block)
-    if programs:
-        places_kernel[(programs,)](
-            **view.order, lse_ptr=lse, delta_ptr=delta, row_ptr=row, place_lse_ptr=place_lse,
-            place_delta_ptr=place_delta, plan_heads=view.plan_heads, query_heads=heads,
-            num_tiles=view.num_tiles, tile_slots=view.tile_slots, num_queries=rows,
-            place_tile=place_tile,
-            GROUP=view.group, ROWS=view.rows, BLOCK=block,
+    made: list[dict[str, Any]] = []
+    forms: list[dict[str, Any]] = []
+    for number, view in enumerate(views):
+        place_tile = _padded(view.places)
+        shape = (batch, view.plan_heads, view.num_tiles, place_tile)
+        made.append({
+            "place_row_ptr": torch.empty(shape, dtype=torch.int32, device=lse.device),
+            "place_lse_ptr": torch.empty(shape, device=lse.device),
+            "place_delta_ptr": torch.empty(shape, device=lse.device), "place_tile": place_tile,
+        })  # fmt: skip
+        forms.append({
+            **{name: stride for name, stride in view.order.items() if name in _ORDER},
+            "heads": batch * view.plan_heads, "plan_heads": view.plan_heads, "query_heads": heads,
+            "num_queries": rows, "place_tile": place_tile, "GROUP": view.group, "ROWS": view.rows,
+            "BLOCK": 128 if place_tile % 128 == 0 else place_tile,
+            # blocks have a table that says how many rows a tile has
+            "tile_slots": view.tile_slots if view.blocks is None else 0,
+            "single": number if view.blocks is None else -1,
+        })  # fmt: skip
+    for numbers in alike(forms):
+        shared = {name: size for name, size in forms[numbers[0]].items() if name != "single"}
+        plans = [view.blocks for view in (views[number] for number in numbers) if view.blocks]
+        sizes, tiles = query, views[numbers[0]].num_tiles
+        if plans:
+            sizes, tiles = number_of_tiles(plans, query)
+        programs = shared["heads"] * tiles * (shared["place_tile"] // shared["BLOCK"])
+        if programs == 0:
+            continue
+        places_kernel[(programs, len(numbers))](
+            **shared, lse_ptr=lse, delta_ptr=delta, tiles_ptr=sizes, num_tiles=tiles,
+            PLANS=len(numbers),
+            tables=tuple(views[number].order["table_ptr"] for number in numbers),
+            orders=tuple(views[number].order["order_ptr"] for number in numbers),
+            place_rows=tuple(made[number]["place_row_ptr"] for number in numbers),
+            place_lses=tuple(made[number]["place_lse_ptr"] for number in numbers),
+            place_deltas=tuple(made[number]["place_delta_ptr"] for number in numbers),
         )  # fmt: skip
-    return {
-        "place_row_ptr": row, "place_lse_ptr": place_lse, "place_delta_ptr": place_delta,
-        "place_tile": place_tile,
-    }  # fmt: skip
+    return made
 
 
 def _padded(count: int) -> int:

@@ -7,7 +7,7 @@ no partial states. The backward therefore sees one softmax over everything: with
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,11 +15,9 @@ import torch
 
 from ...blockplan import BlockPlan
 from ...plan import TilePlan
-from ...tables import int_table, kept
 from ..fused_exact import leaf_backward, leaf_forward, with_positive_scale
 from .arguments import (
     LIST,
-    RANK,
     WEIGHT,
     PlanView,
     is_wide,
@@ -27,22 +25,28 @@ from .arguments import (
     places_of,
     strides_of,
     view_of,
+    views_of,
 )
-from .backward_keys import LISTED, RANGE, SAMPLED, add_samples_kernel, backward_keys_kernel
+from .backward_keys import LISTED, RANGE, backward_keys_kernel
 from .backward_rows import backward_rows_kernel
+from .beside import Beside
 from .common import ORDERED
 from .configs import Config, choose, launch, padded
 from .forward import forward_kernel
+from .key_sums import SUMS, HalfSums, fits_half_sums, no_half_sums
 from .lists import delta_kernel
+from .sample_gradients import add_sample_gradients
+from .tile_backward import tile_backward_kernel
 from .tile_forward import survey_kernel, tile_forward_kernel
 
 __all__ = ["backward", "forward"]
 
 # the kernels' own constants, as plain numbers
-_LISTED, _RANGE, _SAMPLED = LISTED.value, RANGE.value, SAMPLED.value
+_LISTED, _RANGE = LISTED.value, RANGE.value
 _ORDERED = ORDERED.value
 _FEWEST_ROWS_BY_KEY = 256  # rows of a tile from which keys are worth a kernel of their own
 _PROGRAMS = 2048  # enough to fill a GPU
+_AHEAD = False  # whether weights are loaded a block ahead, for more registers
 _CHUNK_BYTES = 1 << 30  # of gradients stored by slot
 
 Plan = TilePlan | BlockPlan
@@ -77,7 +81,9 @@ def forward(
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     query, scale = with_positive_scale(query, scale)
     batch, heads, rows, _ = query.shape
-    views = [view_of(plan, query) for plan in plans]
+    is_chain = leaf is not None and all(isinstance(plan, BlockPlan) for plan in plans)
+    beside = Beside(query.device, wanted=is_chain)
+    views = views_of(plans, query, beside)
     floored = query.new_empty(0, dtype=torch.int8)
     if any(view.variant["HAS_FLOOR"] for view in views):
         floored = torch.zeros((batch, heads, rows), dtype=torch.int8, device=query.device)
@@ -92,9 +98,20 @@ def forward(
         lse = torch.empty(shape, dtype=torch.float32, device=query.device)
         if fill:
             lse.fill_(float("-inf"))
-    for number, view in enumerate(views):
-        merge = number > 0 or leaf is not None
-        _forward_plan(query, key, value, view, out, lse, floored, scale, merge=merge)
+    beside.join()
+    # heads depend on nothing but themselves: half of them go through the levels beside the others
+    halves = [range(heads)]
+    if beside.is_used and heads > 1:
+        halves = [range(heads // 2), range(heads // 2, heads)]
+    for half in halves:
+        with beside.here() if half.stop < heads else contextlib.nullcontext():
+            for number, view in enumerate(views):
+                merge = number > 0 or leaf is not None
+                _forward_plan(
+                    query, key, value, view, out, lse, floored, scale, merge=merge,
+                    heads=half if view.blocks else range(view.plan_heads),
+                )  # fmt: skip
+    beside.join()
     return out, lse, floored
 
 
@@ -105,7 +122,7 @@ def _grid(query: torch.Tensor, view: PlanView, config: Config) -> tuple[int, int
 
 def _forward_plan(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, view: PlanView, out: torch.Tensor,
-    lse: torch.Tensor, floored: torch.Tensor, scale: float, *, merge: bool,
+    lse: torch.Tensor, floored: torch.Tensor, scale: float, *, merge: bool, heads: range,
 ) -> None:  # fmt: skip
     if query.shape[0] * query.shape[2] * view.num_tiles * view.list_slots == 0:
         return  # nothing to add, and what is not covered was filled before
@@ -114,6 +131,7 @@ def _forward_plan(
         **_shape(query, value), "ROWS": view.rows, "MERGE": merge,
         "out_ptr": out, "lse_ptr": lse, "floored_ptr": floored,
         "o_batch": out.stride(0), "o_head": out.stride(1), "o_row": out.stride(2),
+        "first_head": heads.start,
     }  # fmt: skip
     rest = False
     if view.is_simple and not merge:
@@ -125,7 +143,7 @@ def _forward_plan(
             "merging forward" if merge else "rest forward" if rest else "forward", query, value,
             view.places, view.list_slots, is_plain=view.is_plain,
         ),
-        lambda config: _grid(query, view, config),
+        lambda config: (_grid(query, view, config)[0], len(heads), query.shape[0]),
         lambda config: {**given, **config.blocks()},
     )  # fmt: skip
 
@@ -166,28 +184,41 @@ def backward(
         x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, grad_out)
     )
     # (any scale does here: what a row does not see is masked after the exponential)
+    # of blocks, queries get their gradient beside keys and values: neither reads the other's
+    is_apart = all(isinstance(plan, BlockPlan) for plan in plans) and grad_lse is None
+    beside = Beside(query.device, wanted=is_apart)
+    views = views_of(plans, query, beside)
     delta = _delta(out, grad_out, grad_lse)
-    views = [view_of(plan, query) for plan in plans]
     if leaf is not None and grad_lse is not None:
         # the fused kernel of the leaves takes no gradient of lse: a plan of the leaves does
         views.append(view_of(_leaf_plan(query, key, leaf), query))
         leaf = None
-    sums = _Gradients(query, key, value, views, leaf)
+    sums = _Gradients(query, key, value, views, leaf, delta)
     if leaf is not None:
         sums.start(leaf_backward(grad_out, query, key, value, out, lse, leaf=leaf, scale=scale))
-    for view in views:
+    given_of = []
+    for view, places in zip(views, places_of(views, query, lse, delta), strict=True):
         given = {
             **kernel_arguments(view, query, key, value, scale), **_shape(query, value),
-            **places_of(view, query, lse, delta), "floored_ptr": floored,
+            **places, "floored_ptr": floored,
             "grad_out_ptr": grad_out, "g_batch": grad_out.stride(0), "g_head": grad_out.stride(1),
             "g_row": grad_out.stride(2),
         }  # fmt: skip
         given["WIDE"] |= is_wide(grad_out)
         given.pop("floor_ptr", None)
-        if view.blocks is not None:
-            _block_gradients(query, key, value, view, given, sums)
-        else:
+        given_of.append(given)
+    for view, given in zip(views, given_of, strict=True):
+        if view.blocks is not None and view.num_tiles:
+            with beside.here():
+                _gradient_of_rows(query, value, view, given, sums, scatter=False)
+        elif view.blocks is None:
             _tile_gradients(query, key, value, view, given, sums)
+    for view, given in zip(views, given_of, strict=True):
+        if view.blocks is not None:
+            _range_gradients(query, key, value, view, given, sums)
+    if any(view.blocks for view in views):
+        add_sample_gradients(query, key, value, views, given_of, *sums.owned())
+    beside.join()
     return sums.result()
 
 
@@ -229,14 +260,17 @@ class _Gradients:
     """Where the gradients gather.
 
     What has one writer at a time (queries; keys of leaves and blocks) goes to `dq`, `dk`, `dv`;
-    what several programs add to (keys of tile plans) to float32 sums beside them.
+    what several programs add to (keys of tile plans) to float32 sums beside them. A tile plan that
+    is alone may add in 16 bits instead (`key_sums`) and write `dk` and `dv` in the end.
     """
 
     def __init__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, views: list[PlanView],
-        leaf: int | None,
+        leaf: int | None, delta: torch.Tensor,
     ) -> None:  # fmt: skip
         self.inputs = (query, key, value)
+        self.delta = delta
+        self.are_alone = len(views) == 1 and leaf is None
         self.written = False
         covered = leaf is not None or (bool(views) and views[0].covers_all_rows)
         # blocks and leaves add a handful of times, in the dtype of the inputs: half the traffic,
@@ -289,24 +323,56 @@ class _Gradients:
 
 def _gradient_of_rows(
     query: torch.Tensor, value: torch.Tensor, view: PlanView, given: dict[str, Any],
-    sums: _Gradients, *, scatter: bool,
+    sums: _Gradients, *, scatter: bool, rest: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Add a plan's part of `dQ`, and with `scatter` its part of `dK` and `dV`."""
-    dk, dv = sums.shared() if scatter else (query, value)
+    """Add a plan's part of `dQ`, and with `scatter` its part of `dK` and `dV`.
+
+    With `rest` only those of the tiles that another kernel has left, to the sums named there.
+    """
+    dk, dv = sums.shared() if scatter and rest is None else (query, value)
+    is_rest = rest is not None
     given = {
         **given, "dq_ptr": sums.dq, "dk_ptr": dk, "dv_ptr": dv, "ROWS": view.rows,
-        "SCATTER": scatter, "ACCUMULATE": sums.written,
+        "SCATTER": scatter, "ACCUMULATE": sums.written, "REST": is_rest, "bits_ptr": query,
+        **no_half_sums(query), "num_sums": sums.rows,
     }  # fmt: skip
+    if rest is not None:
+        given |= {name: rest[name] for name in ("bits_ptr", *SUMS)}
     launch(
-        backward_rows_kernel, ("rows", scatter, sums.written, *_variant(view, query, value)),
+        backward_rows_kernel,
+        ("rows", scatter, sums.written, is_rest, *_variant(view, query, value)),
         choose(
-            "scatter" if scatter else "rows", query, value, view.places, view.list_slots,
-            is_plain=view.is_plain,
+            "rest backward" if is_rest else "scatter" if scatter else "rows", query, value,
+            view.places, view.list_slots, is_plain=view.is_plain,
         ),
         lambda config: _grid(query, view, config),
         lambda config: {**given, **config.blocks()},
     )  # fmt: skip
     sums.written = True
+
+
+def _fast_gradients(
+    query: torch.Tensor, value: torch.Tensor, view: PlanView, given: dict[str, Any],
+    sums: _Gradients, config: Config,
+) -> dict[str, Any]:  # fmt: skip
+    """Do what the kernel for tiles alone can do, and return what the rest needs."""
+    shape = (query.shape[0], view.plan_heads, view.num_tiles)
+    bits = torch.empty(shape, dtype=torch.int64, device=query.device)
+    given = {**given, "dq_ptr": sums.dq, "bits_ptr": bits, "AHEAD": _AHEAD}
+
+    def arguments(kernel: Any, config: Config) -> dict[str, Any]:
+        every = {**given, **config.blocks()}
+        return {name: every[name] for name in kernel.arg_names}
+
+    def run(config: Config) -> dict[str, Any]:
+        survey_kernel[(shape[2], shape[1], shape[0])](**arguments(survey_kernel, config))
+        return arguments(tile_backward_kernel, config)
+
+    launch(
+        tile_backward_kernel, ("tile backward", *_variant(view, query, value)), config,
+        lambda config: _grid(query, view, config), run,
+    )  # fmt: skip
+    return given
 
 
 def _tile_gradients(
@@ -319,12 +385,23 @@ def _tile_gradients(
         return
     tile_rows = view.places
     if tile_rows < _FEWEST_ROWS_BY_KEY and not ordered:
-        _gradient_of_rows(query, value, view, given, sums, scatter=True)
+        config = None
+        if view.is_simple and sums.are_alone and fits_half_sums(query, key, value):
+            config = choose(
+                "tile backward", query, value, tile_rows, view.list_slots, is_plain=True
+            )
+        if config is None or config.block_n > view.list_slots:
+            _gradient_of_rows(query, value, view, given, sums, scatter=True)
+            return
+        half = HalfSums.of(query, key, value, given["grad_out_ptr"], sums.delta, view)
+        rest = _fast_gradients(query, value, view, {**given, **half.arguments()}, sums, config)
+        _gradient_of_rows(query, value, view, given, sums, scatter=True, rest=rest)
+        half.finish(*sums.owned(filled=False), given["scale"])
         return
     _gradient_of_rows(query, value, view, given, sums, scatter=False)
     of_keys = {
-        **given, "range_ptr": query, "range_batch": 0, "range_head": 0, "rank_ptr": query,
-        "rank_batch": 0, "rank_head": 0, "num_slots": view.list_slots,
+        **given, "range_ptr": query, "range_batch": 0, "range_head": 0,
+        "num_slots": view.list_slots,
     }  # fmt: skip
     del of_keys["exact_slots"]
     # slots without a row in an order, or tiles without any
@@ -349,7 +426,6 @@ def _tile_gradients(
                 **of_keys, "dk_ptr": dk, "dv_ptr": dv, "FORM": _LISTED, "ATOMIC": atomic,
                 "HAS_GAPS": has_gaps,
                 "ACCUMULATE": False, "num_parts": parts, "part_blocks": part_blocks,
-                "parts_ptr": query,
                 "first_program": first * slot_blocks * parts,
                 **config.blocks(),
             }  # fmt: skip
@@ -399,32 +475,26 @@ def _flat_keys(view: PlanView, dk: torch.Tensor) -> torch.Tensor:
     return (flat_head[:, :, None, None] * rows + index).flatten(0, 2)
 
 
-def _block_gradients(
+def _range_gradients(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, view: PlanView,
     given: dict[str, Any], sums: _Gradients,
 ) -> None:  # fmt: skip
+    """Add what the ranges of a block plan contribute to the gradients of keys and values."""
     plan = view.blocks
     assert plan is not None
     if view.num_tiles == 0:
         sums.owned()
         return
     accumulate = sums.dk is not None
-    _gradient_of_rows(query, value, view, given, sums, scatter=False)
     dk, dv = sums.owned(filled=not plan.covers_all_keys)
     batch, heads, key_heads = query.shape[0], query.shape[1], key.shape[1]
     variant = _variant(view, query, value)
-    sample, rank = (
-        None if x is None else x.contiguous() for x in (plan.sample_index, plan.key_rank)
-    )
-    weight = plan.sample_log_weight
     order = plan.key_order.contiguous()
     of_keys = {
         **given, "first_program": 0, "ATOMIC": False,
         "range_ptr": order, **strides_of(order, ("range_batch", "range_head")),
-        "index_ptr": order if sample is None else sample, **strides_of(sample, LIST),
-        "rank_ptr": order if rank is None else rank,
-        **strides_of(rank, RANK),
-        "weight_ptr": order if weight is None else weight, **strides_of(weight, WEIGHT),
+        "index_ptr": order, **strides_of(None, LIST),
+        "weight_ptr": order, **strides_of(None, WEIGHT),
     }  # fmt: skip
     del of_keys["exact_slots"]
 
@@ -433,7 +503,7 @@ def _block_gradients(
         return {
             **of_keys, "num_slots": plan.max_keys, "dk_ptr": dk, "dv_ptr": dv, "FORM": _RANGE,
             "HAS_GAPS": False,
-            "ACCUMULATE": accumulate, "num_parts": 1, "parts_ptr": query, "part_blocks": blocks,
+            "ACCUMULATE": accumulate, "num_parts": 1, "part_blocks": blocks,
             "HAS_WEIGHT": False, **config.blocks(),
         }  # fmt: skip
 
@@ -443,70 +513,3 @@ def _block_gradients(
         lambda config: (-(-plan.max_keys // config.block_n) * view.num_tiles * batch * key_heads,),
         range_arguments,
     )  # fmt: skip
-    if sample is None or plan.num_samples == 0 or not plan.tile_counts:
-        return
-    slot_blocks = -(-plan.num_samples // 64)
-    wanted = _PROGRAMS // max(1, batch * heads * len(plan.tile_counts) * slot_blocks)
-    table = _parts(plan.tile_counts, max(1, wanted), query.device)
-    shape = (batch, heads, table.shape[0], plan.num_samples)
-    part_k = torch.empty((*shape, key.shape[-1]), device=key.device)
-    part_v = torch.empty((*shape, value.shape[-1]), device=key.device)
-
-    def sampled_arguments(config: Config) -> dict[str, Any]:
-        return {
-            **of_keys, "num_slots": plan.num_samples, "dk_ptr": part_k, "dv_ptr": part_v,
-            "FORM": _SAMPLED, "HAS_GAPS": False, "ACCUMULATE": False, "num_parts": table.shape[0],
-            "parts_ptr": table, "part_blocks": 0, "HAS_WEIGHT": True,
-            **config.blocks(),
-        }  # fmt: skip
-
-    launch(
-        backward_keys_kernel, ("sampled", *variant),
-        choose("sampled", query, value, view.places, plan.num_samples, is_plain=True),
-        lambda config: (-(-plan.num_samples // config.block_n) * table.shape[0] * batch * heads,),
-        sampled_arguments,
-    )  # fmt: skip
-    for part, total in ((part_k, dk), (part_v, dv)):
-        _add_samples(part, total, plan, sample)
-
-
-@kept
-def _parts(tile_counts: tuple[int, ...], wanted: int, device: torch.device) -> torch.Tensor:
-    """Cut the tiles of every rectangle into equally many parts: int32 `[parts, 3]`.
-
-    First tile, one past the last, and rectangle; some parts of a short rectangle are empty.
-    """
-    each = max(1, min(wanted, max(tile_counts, default=1)))
-    rows, before = [], 0
-    for rectangle, count in enumerate(tile_counts):
-        bounds = [before + part * count // each for part in range(each + 1)]
-        for first, last in itertools.pairwise(bounds):
-            # an empty part still reads the places of a tile that exists
-            rows.append((first, last, rectangle) if first < last else (0, 0, rectangle))
-        before += count
-    return int_table(rows, 3, device)
-
-
-def _add_samples(
-    part: torch.Tensor, total: torch.Tensor, plan: BlockPlan, sample: torch.Tensor
-) -> None:
-    """Add gradients of samples `[batch, heads, parts, m, d]` to `[batch, key_heads, n_k, d]`."""
-    batch, heads, parts = part.shape[:3]
-    key_heads, num_keys, width = total.shape[1:]
-    rectangles = len(plan.tile_counts)
-    of_rectangle = part.view(
-        batch, key_heads, heads // key_heads, rectangles, parts // rectangles, plan.num_samples,
-        width,
-    ).sum((2, 4))  # fmt: skip
-    block = 32 if width <= 128 else 16
-    # rectangles that share a sampled key take turns: each adds to what the others have written
-    step = rectangles if plan.samples_are_own else 1
-    for first in range(0, rectangles, step):
-        now = sample[:, :, first : first + step]
-        programs = batch * key_heads * step * -(-plan.num_samples // block)
-        add_samples_kernel[(programs,)](
-            index_ptr=now, **strides_of(now, LIST),
-            part_ptr=of_rectangle[:, :, first : first + step].contiguous(), out_ptr=total,
-            key_heads=key_heads, rectangles=step, num_keys=num_keys,
-            num_slots=plan.num_samples, D=width, BLOCK_D=padded(width), BLOCK_N=block,
-        )  # fmt: skip

@@ -1,12 +1,10 @@
 """The gradient of keys and values, a block of keys at a time: no atomics where keys have one owner.
 
 One program owns `BLOCK_N` slots and walks over the rows that hold them, `BLOCK_M` at a time, with
-scores transposed so that `dV = P^T dO` and `dK = dS^T Q` accumulate in registers. Three forms:
+scores transposed so that `dV = P^T dO` and `dK = dS^T Q` accumulate in registers. Two forms:
 
 - `RANGE`: slots are a tile's range of the key order of a `BlockPlan`. No other tile holds them, so
   the sums are written to their keys directly.
-- `SAMPLED`: slots are samples shared by the tiles of a rectangle. Every program sums over some of
-  the tiles into a partial result of its own; the partial results are added afterwards, in order.
 - `LISTED`: slots of a `TilePlan`'s list, for tiles of many rows. Added atomically, or stored by
   slot for a sum in a fixed order.
 """
@@ -36,7 +34,6 @@ _SIZES = ["num_tiles", "tile_slots", "num_queries", "num_keys", "num_summaries",
 
 LISTED: tl.constexpr = tl.constexpr(0)
 RANGE: tl.constexpr = tl.constexpr(1)
-SAMPLED: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
@@ -47,8 +44,6 @@ def block_places(
     """Return where a block of rows stands among the places of its batch item."""
     if FORM == RANGE:
         head += block // blocks
-    if FORM == SAMPLED:
-        tile = block // blocks
     first = (head * num_tiles + tile).to(tl.int64) * place_tile
     return first + block % blocks * BLOCK_M + lane
 
@@ -61,14 +56,13 @@ def backward_keys_kernel(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     g_batch, g_head, g_row, place_row_ptr, place_lse_ptr, place_delta_ptr, place_tile,
     table_ptr, range_ptr, range_batch, range_head, index_ptr, index_batch, index_head, index_tile,
-    rank_ptr, rank_batch, rank_head,
     weight_ptr, weight_batch, weight_head, weight_tile, weight_slot,
     value_weight_ptr, vw_batch, vw_head, vw_tile, vw_slot,
     counts_ptr, cap_ptr, ex_rank_ptr, ex_start_ptr, ex_stop_ptr,
     summary_key_ptr, summary_value_ptr,
     plan_heads, query_heads, key_heads, heads_per_key, num_tiles, tile_slots, num_queries, num_keys,
     num_summaries, num_slots, left, right, position_offset, scale, nan, first_program,
-    parts_ptr, num_parts, part_blocks,
+    num_parts, part_blocks,
     GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, THREADS: tl.constexpr,
     WIDE: tl.constexpr, FORM: tl.constexpr, HAS_GAPS: tl.constexpr,
@@ -79,8 +73,7 @@ def backward_keys_kernel(
 ):  # fmt: skip
     """See the module.
 
-    A part is `part_blocks` blocks of rows of one tile (`LISTED`), or the tiles from `parts[p, 0]`
-    to `parts[p, 1]` of a rectangle `parts[p, 2]` (`SAMPLED`); `RANGE` has one part. `num_slots` is
+    A part is `part_blocks` blocks of rows of one tile (`LISTED`); `RANGE` has one. `num_slots` is
     the longest list or range of a tile. `HAS_GAPS` says that a place without a row may name a row
     of another tile; elsewhere it names the first row of its own.
     """
@@ -94,12 +87,7 @@ def backward_keys_kernel(
     part = program // slot_blocks % num_parts
     rest = program // (slot_blocks * num_parts)
     # the heads of the rows: RANGE walks over all that share the key head
-    if FORM == SAMPLED:
-        tile = tl.load(parts_ptr + part * 3)
-        head = rest % plan_heads
-        batch = (rest // plan_heads).to(tl.int64)
-        key_head = head // heads_per_key
-    elif FORM == RANGE:
+    if FORM == RANGE:
         tile = rest % num_tiles
         key_head = rest // num_tiles % key_heads
         batch = (rest // num_tiles // key_heads).to(tl.int64)
@@ -116,18 +104,10 @@ def backward_keys_kernel(
     # ---- the slots
     heavy_count, band_count = 0, 0
     bias = tl.zeros([BLOCK_N], tl.float32)
-    rank = slot
     if FORM == RANGE:
         first_key = tl.load(table_ptr + tile * 5 + 2)
         key_count = tl.load(table_ptr + tile * 5 + 3) - first_key
         index_ptr = range_ptr + batch * range_batch + key_head.to(tl.int64) * range_head + first_key
-    elif FORM == SAMPLED:
-        rectangle = tl.load(parts_ptr + part * 3 + 2).to(tl.int64)
-        list_head = key_head.to(tl.int64)
-        key_count = num_slots
-        index_ptr += batch * index_batch + list_head * index_head + rectangle * index_tile
-        rank_ptr += batch * rank_batch + list_head * rank_head
-        weight_ptr += batch * weight_batch + list_head * weight_head + rectangle * weight_tile
     else:
         index_ptr, weight_ptr, value_weight_ptr, key_count, heavy_count, band_count, _, _ = list_of(
             index_ptr, index_batch, index_head, index_tile, weight_ptr, weight_batch, weight_head,
@@ -139,8 +119,6 @@ def backward_keys_kernel(
     first = tl.load(index_ptr, mask=key_count > 0, other=0).to(tl.int32)
     key = load_keys(index_ptr, slot, key_count, BLOCK_N, 0)
     key = existing(key, first, num_keys + num_summaries)
-    if FORM == SAMPLED:
-        rank = tl.load(rank_ptr + key)
     if HAS_WEIGHT:
         weight = tl.load(weight_ptr + slot * weight_slot, mask=used, other=0.0)
         bias += weight.to(tl.float32) * LOG2_E
@@ -171,9 +149,6 @@ def backward_keys_kernel(
     last_block = first_block + part_blocks
     if FORM == LISTED:
         last_block = tl.minimum(last_block, blocks)
-    if FORM == SAMPLED:
-        first_block = tile * blocks
-        last_block = tl.load(parts_ptr + part * 3 + 1) * blocks
     low, span = seen_positions(
         key, slot, heavy_count, band_count, left, right, num_keys, IS_CAUSAL, HAS_BAND
     )
@@ -205,12 +180,9 @@ def backward_keys_kernel(
         is_row = row >= 0
         row = existing_row(row)  # places without a row weigh nothing
         place = block % blocks * BLOCK_M + lane
-        row_tile = tile
         row_head = head
         if FORM == RANGE:
             row_head = head + block // blocks
-        if FORM == SAMPLED:
-            row_tile = block // blocks
         query_head = row_head * GROUP + place % GROUP
         q = load_places(q_ptr, row, row_head, place, q_head, q_row, dim, D, BLOCK_D, GROUP, WIDE)
         grad_out = load_places(
@@ -227,17 +199,9 @@ def backward_keys_kernel(
         is_floored = row
         if HAS_FLOOR:
             is_floored = tl.load(floored_ptr + flat_row, volatile=True).to(tl.int32)
-        block_bias = bias
-        block_value_bias = value_bias
-        if FORM == SAMPLED:
-            # the tile of these rows holds some of the samples exactly
-            begin = tl.load(table_ptr + row_tile * 5 + 2)
-            end = tl.load(table_ptr + row_tile * 5 + 3)
-            block_bias = tl.where((rank >= begin) & (rank < end), float("-inf"), bias)
-            block_value_bias = block_bias
         logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor
         by_value, by_sum = shares(
-            logits, block_bias[:, None], block_value_bias[:, None], (slot < heavy_count)[:, None],
+            logits, bias[:, None], value_bias[:, None], (slot < heavy_count)[:, None],
             cap[None, :], is_floored[None, :], lse[None, :], HAS_CAP, HAS_FLOOR, SPLIT,
         )  # fmt: skip
         if IS_CAUSAL or HAS_BAND or NUM_EXCLUDED > 0:
@@ -281,49 +245,3 @@ def backward_keys_kernel(
             dv += tl.load(v_targets, mask=in_v, other=0.0).to(tl.float32)
         tl.store(k_targets, dk.to(dk_ptr.dtype.element_ty), mask=in_k)
         tl.store(v_targets, dv.to(dv_ptr.dtype.element_ty), mask=in_v)
-
-
-@triton.jit
-def add_samples_kernel(
-    index_ptr, index_batch, index_head, index_tile, part_ptr, out_ptr, key_heads, rectangles,
-    num_keys, num_slots, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Add the gradients of sampled slots to their keys; several slots may name one key.
-
-    `part` is float32 `[batch, key_heads, rectangles, slots, d]`, `out` contiguous
-    `[batch, key_heads, n_k, d]`. The first slot of a key adds for all of them, in their order.
-    Slots are read beside one's own only where they name the same key, which few do.
-    """
-    slot_blocks = tl.cdiv(num_slots, BLOCK_N)
-    program = tl.program_id(0)
-    slot = program % slot_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    rectangle = program // slot_blocks % rectangles
-    flat_head = (program // slot_blocks // rectangles).to(tl.int64)
-    batch = flat_head // key_heads
-    index_ptr += batch * index_batch + flat_head % key_heads * index_head
-    index_ptr += rectangle.to(tl.int64) * index_tile
-    part_ptr += (flat_head * rectangles + rectangle) * num_slots * D
-    dim = tl.arange(0, BLOCK_D)
-    used = slot < num_slots
-    key = tl.load(index_ptr + slot, mask=used, other=-1)
-    used = used & (key >= 0) & (key < num_keys)
-    repeats = tl.zeros([BLOCK_N], tl.int32)
-    total = tl.load(
-        part_ptr + slot[:, None] * D + dim[None, :],
-        mask=(slot < num_slots)[:, None] & (dim < D)[None, :], other=0.0,
-    )  # fmt: skip
-    for start in range(0, num_slots, BLOCK_N):
-        other = start + tl.arange(0, BLOCK_N)
-        other_key = tl.load(index_ptr + other, mask=other < num_slots, other=-2)
-        same = (key[:, None] == other_key[None, :]) & (slot[:, None] != other[None, :])
-        repeats += tl.sum((same & (other[None, :] < slot[:, None])).to(tl.int32), 1)
-        if tl.max(tl.max(same.to(tl.int32), 1), 0) > 0:
-            values = tl.load(
-                part_ptr + other[:, None] * D + dim[None, :],
-                mask=(other < num_slots)[:, None] & (dim < D)[None, :], other=0.0,
-            )  # fmt: skip
-            total = tl.dot(same.to(tl.float32), values, total, input_precision="ieee")
-    stored = (used & (repeats == 0))[:, None] & (dim < D)[None, :]
-    targets = out_ptr + (flat_head * num_keys + key)[:, None] * D + dim[None, :]
-    total += tl.load(targets, mask=stored, other=0.0).to(tl.float32)
-    tl.store(targets, total.to(out_ptr.dtype.element_ty), mask=stored)

@@ -8,7 +8,7 @@ saved log normaliser, and accumulates `dQ`:
 (`Pv`, `Ps`: shares of the numerator and of the row sum; one and the same without caps, floor or
 value weights). With the log normaliser and the output of several merged plans these are the
 gradients through the merge. `SCATTER` also adds what the tile contributes to `dK` and `dV`, by
-atomic additions in float32.
+atomic additions in float32, or as `half_sums` says.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .common import (
+    APART,
     BLOCKED,
     LOG2_E,
     blocks_to_test,
@@ -32,11 +33,13 @@ from .common import (
     shares,
     visible,
 )
+from .half_sums import power_of_keys, power_of_values, sum_rows
 
 _SIZES = ["num_tiles", "tile_slots", "num_queries", "num_keys", "num_summaries", "left", "right"]
+_MORE = ["position_offset", "place_tile", "num_sums", "rows_of_sum", "list_slots"]
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "position_offset", "place_tile"])
+@triton.jit(do_not_specialize=[*_SIZES, *_MORE])
 def backward_rows_kernel(
     q_ptr, k_ptr, v_ptr, grad_out_ptr, floored_ptr, dq_ptr, dk_ptr, dv_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
@@ -45,9 +48,10 @@ def backward_rows_kernel(
     weight_ptr, weight_batch, weight_head, weight_tile, weight_slot,
     value_weight_ptr, vw_batch, vw_head, vw_tile, vw_slot,
     counts_ptr, cap_ptr, ex_rank_ptr, ex_start_ptr, ex_stop_ptr,
-    summary_key_ptr, summary_value_ptr,
+    summary_key_ptr, summary_value_ptr, bits_ptr, turn_ptr, spare_ptr, bound_ptr,
     plan_heads, query_heads, key_heads, heads_per_key, num_tiles, tile_slots, num_queries, num_keys,
-    num_summaries, exact_slots, left, right, position_offset, scale, nan,
+    num_summaries, exact_slots, left, right, position_offset, scale, nan, num_sums, rows_of_sum,
+    list_slots,
     GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, THREADS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -55,9 +59,13 @@ def backward_rows_kernel(
     HAS_WEIGHT: tl.constexpr, HAS_VALUE_WEIGHT: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_FLOOR: tl.constexpr, HAS_BAND: tl.constexpr, IS_CAUSAL: tl.constexpr,
     NUM_EXCLUDED: tl.constexpr, SUMMARIES: tl.constexpr, SCATTER: tl.constexpr,
-    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, REST: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """See the module. `dq`, `dk`, `dv` are contiguous; the latter two float32, summaries last."""
+    """See the module. `dq`, `dk`, `dv` are contiguous; the latter two float32, summaries last.
+
+    Those have `num_sums` rows a head. `REST`: only the tiles that `tile_backward_kernel` left;
+    `bits` says which. `HALF`: sums are those of `half_sums`.
+    """
     SPLIT: tl.constexpr = HAS_VALUE_WEIGHT or HAS_CAP or HAS_FLOOR
     # lists of blocks without weights: exact slots, then samples that all weigh the same
     UNIFORM: tl.constexpr = ROWS == BLOCKED and not HAS_WEIGHT
@@ -69,6 +77,10 @@ def backward_rows_kernel(
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     key_head = head // heads_per_key
+    if REST:
+        bits = tl.load(bits_ptr + (batch * plan_heads + head) * num_tiles + tile)
+        if (bits >> APART) & 1 == 0:
+            return
 
     # ---- the rows
     place = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -122,9 +134,13 @@ def backward_rows_kernel(
     summary_value_ptr += flat_key_head * num_summaries * D_V
     ex_rank_ptr += flat_key_head * NUM_EXCLUDED * num_keys
     row_offset = (batch * query_heads + query_head) * NUM_EXCLUDED * num_queries
-    if SCATTER:
-        dk_ptr += flat_key_head * (num_keys + num_summaries) * D
-        dv_ptr += flat_key_head * (num_keys + num_summaries) * D_V
+    first_sum = flat_key_head * num_sums
+    times_k, times_v = scale, 1.0
+    if HALF:
+        turn_ptr += ((batch * plan_heads + head) * num_tiles + tile) * list_slots
+        bound_ptr += flat_key_head * 4
+        times_k *= power_of_keys(bound_ptr, rows_of_sum, scale)
+        times_v = power_of_values(bound_ptr, rows_of_sum)
 
     targets = dq_ptr + flat_row[:, None] * D + dim[None, :]
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -205,8 +221,15 @@ def backward_rows_kernel(
         dq = tl.dot(grad_logits, k, dq, input_precision=PRECISION)
         if SCATTER:
             dv = tl.dot(tl.trans(by_value.to(v.dtype)), grad_out, input_precision=PRECISION)
-            dk = tl.dot(tl.trans(grad_logits), q, input_precision=PRECISION) * scale
-            target = key.to(tl.int64)[:, None]
+            dk = tl.dot(tl.trans(grad_logits), q, input_precision=PRECISION) * times_k
+            target = first_sum + key
+            if HALF:
+                dv *= times_v
+                turn = tl.load(turn_ptr + slot, mask=slot < key_count, other=0)
+                target = sum_rows(turn, target, spare_ptr)
+            target = target.to(tl.int64)[:, None]
+            dk = dk.to(dk_ptr.dtype.element_ty)
+            dv = dv.to(dv_ptr.dtype.element_ty)
             in_k = (slot < key_count)[:, None] & (dim < D)[None, :]
             in_v = (slot < key_count)[:, None] & (dim_v < D_V)[None, :]
             tl.atomic_add(dk_ptr + target * D + dim[None, :], dk, mask=in_k, sem="relaxed")

@@ -19,10 +19,10 @@ NUM_FIRST: tl.constexpr = tl.constexpr(4)
 
 @triton.jit(do_not_specialize=["num_rows", "num_keys"])
 def bucket_votes_kernel(
-    q_ptr, q_batch, q_head, q_row, k_ptr, k_batch, k_head, k_row, index_ptr, score_ptr, weight_ptr,
-    before_ptr, heads_per_key, num_heads, num_rows, num_keys, scale, SIZE: tl.constexpr,
-    FOUND: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
-    BLOCK_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, q_batch, q_head, q_row, k_ptr, k_batch, k_head, k_row, index_ptr, score_ptr, voted_ptr,
+    weight_ptr, before_ptr, heads_per_key, num_heads, num_rows, num_keys, scale, SIZE: tl.constexpr,
+    FOUND: tl.constexpr, VOTES: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """See `kernels.bucket_votes`; all that was found is contiguous. Grid: tiles, heads, batch."""
     tile, head = tl.program_id(0), tl.program_id(1)
@@ -60,8 +60,8 @@ def bucket_votes_kernel(
     is_first = (key < NUM_FIRST) & (key < before)
     first_logits = tl.where(is_first[None, :], first_logits, float("-inf"))
     column = tl.arange(0, BLOCK_F)
-    at = ((batch * num_heads + head) * num_rows + first_row) * FOUND
-    at += place[:, None] * FOUND + column[None, :]
+    flat_row = (batch * num_heads + head) * num_rows + first_row
+    at = flat_row * FOUND + place[:, None] * FOUND + column[None, :]
     is_slot = used[:, None] & (column < FOUND)[None, :]
     index = tl.load(index_ptr + at, mask=is_slot, other=-1)
     is_one = index >= 0
@@ -75,7 +75,19 @@ def bucket_votes_kernel(
     part = tl.exp2(score - shift)
     total += tl.sum(part, 1)
     weight = tl.where(is_one, part / total[:, None], 0.0)
-    tl.store(weight_ptr + at, weight, mask=is_slot)
+    if VOTES == FOUND:
+        tl.store(voted_ptr + at, index, mask=is_slot)
+        tl.store(weight_ptr + at, weight, mask=is_slot)
+    else:
+        # the largest ones, of ties the first
+        weight = tl.where(is_slot, weight, -1.0)
+        at = flat_row * VOTES + place * VOTES
+        for vote in tl.static_range(VOTES):
+            top, best = tl.max(weight, 1, return_indices=True)
+            is_it = column[None, :] == best[:, None]
+            tl.store(voted_ptr + at + vote, tl.sum(tl.where(is_it, index, 0), 1), mask=used)
+            tl.store(weight_ptr + at + vote, top, mask=used)
+            weight = tl.where(is_it, -1.0, weight)
 
 
 def supports(voters: torch.Tensor, key: torch.Tensor, index: torch.Tensor, size: int) -> bool:
@@ -94,18 +106,19 @@ def supports(voters: torch.Tensor, key: torch.Tensor, index: torch.Tensor, size:
 
 def triton_bucket_votes(
     voters: torch.Tensor, key: torch.Tensor, index: torch.Tensor, score: torch.Tensor,
-    before: torch.Tensor, size: int, scale: float,
-) -> torch.Tensor:  # fmt: skip
+    before: torch.Tensor, size: int, votes: int, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Do what `hyperframe.kernels.bucket_votes` says, where `supports` holds."""
     voters, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (voters, key))
     index, score = index.contiguous(), score.contiguous()
-    weight = torch.empty_like(score)
     batch, heads, num_rows, found = index.shape
+    voted, weight = (x.new_empty((batch, heads, num_rows, votes)) for x in (index, score))
     dim = key.shape[-1]
     bucket_votes_kernel[(len(before), heads, batch)](
-        voters, *voters.stride()[:3], key, *key.stride()[:3], index, score, weight, before.int(),
-        heads // key.shape[1], heads, num_rows, key.shape[2], scale, SIZE=size, FOUND=found, D=dim,
-        BLOCK_M=padded(size), BLOCK_F=power_of_two(found), BLOCK_D=padded(dim), WIDE=is_wide(key),
-        PRECISION="ieee", num_warps=4 if padded(size) <= 64 and key.element_size() == 2 else 8,
+        voters, *voters.stride()[:3], key, *key.stride()[:3], index, score, voted, weight,
+        before.int(), heads // key.shape[1], heads, num_rows, key.shape[2], scale, SIZE=size,
+        FOUND=found, VOTES=votes, D=dim, BLOCK_M=padded(size), BLOCK_F=power_of_two(found),
+        BLOCK_D=padded(dim), WIDE=is_wide(key), PRECISION="ieee",
+        num_warps=4 if padded(size) <= 64 and key.element_size() == 2 else 8,
     )  # fmt: skip
-    return weight
+    return voted, weight

@@ -31,6 +31,16 @@ MOST: tl.constexpr = tl.constexpr(int(0.35 * (1 << 16)))
 
 
 @triton.jit
+def sum_of_words(word):
+    """Return the union of words that have no bit in common.
+
+    A sum of 32 bits is one instruction, and its result is known to be the same in all lanes.
+    """
+    low = tl.sum(word.to(tl.int32), 0).to(tl.uint32, bitcast=True).to(tl.int64)
+    return low | (tl.sum((word >> 32).to(tl.int32), 0).to(tl.int64) << 32)
+
+
+@triton.jit
 def twice_and_once(members):
     """Return a 1 for every byte of words that has two bits or more, and for those with any."""
     seen = members & 0
@@ -53,8 +63,11 @@ def joined(members, t0, t1, t2, t3, e0, e1, e2, e3):
 
 
 @triton.jit
-def side_of_cut(inside, t0, t1, t2, t3, e0, e1, e2, e3):
-    """Return one side of the best cut of a component, as 0 and 1; zeros if it is a bad one."""
+def side_of_cut(component, inside, t0, t1, t2, t3, e0, e1, e2, e3):
+    """Return one side of the best cut of a component, as 0 and 1; zeros if it is a bad one.
+
+    `component` is the word of the vertices inside.
+    """
     vertex = tl.arange(0, 64)
     value = tl.where(inside, (((vertex * 40503) & 4095) - 2048) * (LARGEST >> 11), 0)
     degree = e0.to(tl.int32) + e1.to(tl.int32) + e2.to(tl.int32) + e3.to(tl.int32)
@@ -71,9 +84,8 @@ def side_of_cut(inside, t0, t1, t2, t3, e0, e1, e2, e3):
     least = count * 0 + MOST + 1
     chosen = count * 0
     for place in range(64):
-        here = vertex == place
-        if tl.sum((here & inside).to(tl.int32), 0) > 0:
-            bound = tl.sum(tl.where(here, value, 0), 0)
+        if ((component >> place) & 1) != 0:
+            bound = tl.sum(tl.where(vertex == place, value, 0), 0)
             is_below = value <= bound
             cut = (e0 & (v0 > bound)).to(tl.int32) + (e1 & (v1 > bound)).to(tl.int32)
             cut += (e2 & (v2 > bound)).to(tl.int32) + (e3 & (v3 > bound)).to(tl.int32)
@@ -137,9 +149,9 @@ def clusters_kernel(
                 cuts = least * 0
                 first = tl.min(tl.where((twice != 0) & (layers >= least), vertex, 64), 0)
                 while (first < 64) & (cuts < CUTS):
-                    chosen = tl.sum(tl.where(vertex == first, members, 0), 0)
+                    chosen = sum_of_words(tl.where(vertex == first, members, 0))
                     inside = ((chosen >> vertex.to(tl.int64)) & 1) != 0
-                    side = side_of_cut(inside, t0, t1, t2, t3, e0 & inside, e1 & inside,
+                    side = side_of_cut(chosen, inside, t0, t1, t2, t3, e0 & inside, e1 & inside,
                                        e2 & inside, e3 & inside)  # fmt: skip
                     e0 = e0 & (tl.gather(side, t0, 0) == side)
                     e1 = e1 & (tl.gather(side, t1, 0) == side)
@@ -165,11 +177,13 @@ def clusters_kernel(
                 is_word = is_root & (entry >= 0)
                 place = (total & 0xFFFFFFFF).to(tl.int32) ^ entry
                 place = tl.where(is_word, place, -1 - vertex)
-                if tl.sum(is_word.to(tl.int32), 0) > 1:
+                words = sum_of_words(tl.where(is_word, bit, 0))
+                if (words & (words - 1)) != 0:
                     # a row that was split in two halves is spelled twice
                     for other in range(64):
-                        there = tl.sum(tl.where(vertex == other, place, 0), 0)
-                        is_word = is_word & ((place != there) | (vertex <= other))
+                        if ((words >> other) & 1) != 0:
+                            there = tl.sum(tl.where(vertex == other, place, 0), 0)
+                            is_word = is_word & ((place != there) | (vertex <= other))
                 is_word = is_word & (place < places)
                 row = tl.load(order_ptr + bucket * places + place, mask=is_word, other=num_rows)
                 is_row = is_word & (row < num_rows)

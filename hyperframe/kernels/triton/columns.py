@@ -10,7 +10,7 @@ from .configs import is_interpreted, padded
 
 __all__ = ["triton_scaled_keys"]
 
-_BLOCK = 4096  # numbers of a block of keys: 32 KiB of float64
+_BLOCK, _WARPS = 4096, 4  # numbers of a block of keys: 32 KiB of float64
 
 
 @triton.jit(do_not_specialize=["num_keys", "query_heads", "group"])
@@ -33,22 +33,25 @@ def scaled_keys_kernel(
     raw = tl.where(is_finite[:, None], raw, 0.0)
     size = tl.max(tl.abs(raw), 1)
     size = tl.where(size > 0.0, size, 1.0)
-    part = raw / size[:, None]
-    total = tl.zeros([COLUMNS, BLOCK_D], tl.float64)
+    wide = raw.to(tl.float64)
+    # zeros that lie as the keys do: a thread has eight numbers of some keys, and reads those of a
+    # row of the matrix once for all of them
+    total = wide * 0.0
+    # squares of float32 are far within the range of float64: nothing is scaled in the loop
     for place in range(D):
-        here = tl.load(source + place, mask=is_column[:, None], other=0.0).to(tl.float32)
-        here = tl.where(is_finite[:, None], here, 0.0) / size[:, None]
+        here = tl.load(source + place, mask=is_column[:, None], other=0.0).to(tl.float64)
         row = tl.load(gram_ptr + place * D + dim, mask=dim < D, other=0.0)
-        total += here.to(tl.float64) * row[None, :]
-    wide = part.to(tl.float64)
+        total += here * row[None, :]
     energy = tl.sum(total * wide, 1)
     least = tl.load(trace_ptr + program) * floor * tl.sum(wide * wide, 1)
+    # not so for NaN: of keys that are not finite
     has_energy = energy > least
     norm = tl.sqrt(tl.where(has_energy, energy, 1.0))
-    inverse = tl.where(has_energy, 1.0 / norm, 0.0).to(tl.float32)
-    norm = tl.where(has_energy, norm, 0.0).to(tl.float32) * size
+    inverse = tl.where(has_energy, size.to(tl.float64) / norm, 0.0).to(tl.float32)
+    norm = tl.where(has_energy, norm, 0.0).to(tl.float32)
     target = program * num_keys + column
-    tl.store(out_ptr + target[:, None] * D + dim[None, :], part * inverse[:, None], mask=is_there)
+    scaled = raw / size[:, None] * inverse[:, None]
+    tl.store(out_ptr + target[:, None] * D + dim[None, :], scaled, mask=is_there)
     tl.store(norm_ptr + target, norm, mask=is_column)
 
 
@@ -74,6 +77,6 @@ def triton_scaled_keys(
     block = 16 if is_interpreted() else max(16, _BLOCK // max(32, padded(dim)))
     scaled_keys_kernel[(-(-num_keys // block), batch * heads)](
         key, *key.stride()[:3], gram.contiguous(), trace, out, norm, num_keys, heads,
-        heads // key.shape[1], floor, D=dim, BLOCK_D=padded(dim), COLUMNS=block, num_warps=8,
+        heads // key.shape[1], floor, D=dim, BLOCK_D=padded(dim), COLUMNS=block, num_warps=_WARPS,
     )  # fmt: skip
     return out, norm

@@ -10,12 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
-__all__ = ["Config", "choose", "is_interpreted", "launch", "padded", "power_of_two"]
+__all__ = ["Config", "choose", "is_interpreted", "launch", "mass_config", "padded", "power_of_two"]
 
 
 def is_interpreted() -> bool:
@@ -64,6 +64,9 @@ _MEASURED = {
     ("tile forward", 64): Config(64, 128, 4, 2, 168),
     ("tile forward", 128): Config(64, 32, 4, 2, 128),
     ("tile forward", 256): Config(64, 32, 4, 2),
+    ("wide tile forward", 64): Config(64, 128, 4, 2, 168),
+    ("wide tile forward", 128): Config(64, 32, 4, 2, 128),
+    ("wide tile forward", 256): Config(64, 32, 4, 2),
     # small, because most of its programs have nothing to do
     ("rest forward", 64): Config(64, 32, 4, 1),
     ("rest forward", 128): Config(64, 32, 4, 1),
@@ -77,6 +80,11 @@ _MEASURED = {
     ("rows", 64): Config(128, 64, 8, 3, 128),
     ("rows", 128): Config(128, 32, 8, 3, 128),
     ("rows", 256): Config(64, 32, 4, 2),
+    ("tile backward", 64): Config(64, 64, 4, 2, 168),
+    ("tile backward", 128): Config(64, 64, 4, 2),
+    # small, because most of its programs have nothing to do
+    ("rest backward", 64): Config(64, 32, 4, 1),
+    ("rest backward", 128): Config(64, 32, 4, 1),
     ("scatter", 64): Config(64, 64, 4, 2),
     ("scatter", 128): Config(64, 32, 4, 2),
     ("scatter", 256): Config(64, 32, 8, 1),
@@ -91,6 +99,54 @@ _MEASURED = {
     ("listed", 256): Config(32, 64, 8, 1),
 }
 _SINGLE = {64: Config(32, 32, 4, 2), 128: Config(32, 32, 4, 1), 256: Config(16, 16, 4, 1)}
+
+
+class MassConfig(NamedTuple):
+    """Block sizes of the kernel of masses, and what the compiler is told; see `Config`."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+    long: int = 0  # slots of a list whose rows are held: see `short_mass`
+    short: int = 0
+
+
+# (widest head size, most rows of a tile) -> configuration for 16-bit inputs
+_MASS = {
+    (64, 32): MassConfig(64, 4, 2, 168, 256, 64),
+    (64, 64): MassConfig(64, 4, 3, 168),
+    (64, 128): MassConfig(64, 8, 3),
+    (128, 32): MassConfig(64, 4, 3),
+    (128, 64): MassConfig(64, 4, 3),
+    (128, 128): MassConfig(64, 8, 3),
+}
+
+MASS_OVERRIDES: dict[tuple[int, int], MassConfig] = {}
+"""Configurations of `tile_mass` to use instead, by head size and rows: for measuring others."""
+
+
+_LONGEST_HELD = 512
+
+
+def mass_config(key: torch.Tensor, rows: int, slots: int, stride: int) -> MassConfig:
+    """Return the configuration of `tile_mass`.
+
+    Args:
+        key: gives dtype and head size.
+        rows: voters of a tile.
+        slots: of a tile's list; of long lists none are held.
+        stride: as in `tile_mass`; where it is not 1, none are held either.
+    """
+    width = max(64, padded(key.shape[-1]))
+    if key.element_size() == 4 or width > 128:
+        return MassConfig(32, 8 if rows > 64 else 4, 2)
+    place = width, max(32, padded(rows))
+    config = MASS_OVERRIDES.get(place, _MASS[place])
+    if config.long and (stride > 1 or slots > _LONGEST_HELD):
+        return _MASS[width, 64]
+    return config
+
 
 OVERRIDES: dict[tuple[str, int], Config] = {}
 """Configurations to use instead, by (kernel, head size): for measuring others."""
@@ -126,6 +182,8 @@ def choose(
     width = max(64, padded(query.shape[-1]), padded(value.shape[-1]))
     if kernel in ("forward", "merging forward") and rows <= 64:
         kernel = "small forward"
+    elif kernel == "tile forward" and rows > 64:
+        kernel = "wide tile forward"
     config = _SINGLE[width] if query.element_size() == 4 else _MEASURED[kernel, width]
     if not is_plain:
         config = replace(config, max_registers=None)

@@ -113,7 +113,7 @@ def exponentials(logits, shift, factor, weight, UNIFORM: tl.constexpr):
         return tl.exp2(logits - shift[:, None])
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "position_offset"])
+@triton.jit(do_not_specialize=[*_SIZES, "position_offset", "first_head"])
 def forward_kernel(
     bits_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, floored_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
@@ -124,7 +124,7 @@ def forward_kernel(
     counts_ptr, cap_ptr, floor_ptr, ex_rank_ptr, ex_start_ptr, ex_stop_ptr,
     summary_key_ptr, summary_value_ptr,
     plan_heads, query_heads, key_heads, heads_per_key, num_tiles, tile_slots, num_queries, num_keys,
-    num_summaries, exact_slots, left, right, position_offset, scale, nan,
+    num_summaries, exact_slots, left, right, position_offset, scale, nan, first_head,
     GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, THREADS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -137,7 +137,8 @@ def forward_kernel(
     """See the module. `counts` is int32 `[batch, heads, tiles, 3]`: used, exact and banded slots.
 
     The lists of blocks (`ROWS == BLOCKED`) belong to key heads, those of other plans to plan heads.
-    `REST`: only the tiles that `tile_forward_kernel` left; `bits` says which.
+    `REST`: only the tiles that `tile_forward_kernel` left; `bits` says which. The plan heads are
+    those from `first_head` on.
     """
     SPLIT: tl.constexpr = HAS_VALUE_WEIGHT or HAS_CAP or HAS_FLOOR
     # lists of blocks without weights: exact slots, then samples that all weigh the same
@@ -146,7 +147,7 @@ def forward_kernel(
     ONCE: tl.constexpr = THREADS if TESTED else 0  # the test needs keys in a layout of its own
     blocks = tl.cdiv(tile_slots * GROUP, BLOCK_M)
     tile = tl.program_id(0) // blocks
-    head = tl.program_id(1)
+    head = tl.program_id(1) + first_head
     batch = tl.program_id(2).to(tl.int64)
     key_head = head // heads_per_key
     if REST:

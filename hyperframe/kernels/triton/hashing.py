@@ -26,7 +26,7 @@ MAX_HEAD_DIM = 256
 COLUMNS: tl.constexpr = tl.constexpr(8)  # projections, padded: the narrowest matrix product
 
 _MIN_BUCKETS = 32  # a warp has a lane for each
-_TABLE_ROWS, _MOST_TABLE_ROWS = 32, 256  # histograms that the second kernel holds at once
+_FEW_TABLE_ROWS, _TABLE_ROWS, _MOST_TABLE_ROWS = 4, 32, 256  # histograms that it holds at once
 _SHORTEST_LEAF = 32  # below it, tables are larger than the rows
 _FEWEST_CHUNKS = 4096  # enough to fill a large GPU several times
 _SHORTEST_CHUNK, _LONGEST_CHUNK = 128, 1024
@@ -60,12 +60,12 @@ def _chunk_of(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _hash_kernel(
-    query_ptr, key_ptr, plane_ptr, threshold_ptr, code_ptr, rank_ptr, count_ptr,
+    query_ptr, key_ptr, plane_ptr, threshold_ptr, code_ptr, rank_ptr, count_ptr, sorted_ptr,
     query_stride_b, query_stride_h, query_stride_n, key_stride_b, key_stride_h, key_stride_n,
     plane_stride_b, query_heads, key_heads, num_queries, num_keys, query_leaf, key_leaf,
     query_leaf_chunks, key_leaf_chunks, query_chunks, key_chunks, query_programs, query_rows,
     D: tl.constexpr, R: tl.constexpr, HAS_THRESHOLD: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, BUCKETS: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BUCKETS: tl.constexpr, CHUNK: tl.constexpr, SORTS: tl.constexpr,
 ):  # fmt: skip
     """Write codes, ranks among equal codes of the chunk, and histograms; grid: all chunks."""
     program = tl.program_id(0)
@@ -85,6 +85,7 @@ def _hash_kernel(
     offset = tl.where(is_query, 0, query_rows) + flat_head * num_rows
     code_ptr += offset
     rank_ptr += offset
+    sorted_ptr += offset
 
     dim = tl.arange(0, BLOCK_D)
     column = tl.arange(0, COLUMNS)
@@ -134,6 +135,32 @@ def _hash_kernel(
         empty = tl.maximum(at + BLOCK_N - stop, 0)
         seen += count - tl.where(bucket == BUCKETS - 1, empty, 0)
     tl.store(count_ptr + program.to(tl.int64) * BUCKETS + bucket, seen)
+    if SORTS:
+        tl.debug_barrier()  # other threads wrote what is read here
+        first = tl.cumsum(seen, axis=0) - seen
+        for at in range(start, stop, BLOCK_N):
+            row = at + slot
+            inside = row < stop
+            code = tl.load(code_ptr + row, mask=inside, other=0).to(tl.int32)
+            rank = tl.load(rank_ptr + row, mask=inside, other=0).to(tl.int32)
+            place = tl.gather(first, code, axis=0) + rank
+            tl.store(sorted_ptr + start + place, row - start + code * CHUNK, mask=inside)
+
+
+@triton.jit
+def _write_one_table(
+    count_ptr, first_place_ptr, start, stop, first_place, BUCKETS: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Write the first places of a run whose histograms fit into one table: they are read once."""
+    bucket = tl.arange(0, BUCKETS)[None, :]
+    chunk = start + tl.arange(0, ROWS)[:, None]
+    cell = chunk.to(tl.int64) * BUCKETS + bucket
+    count = tl.load(count_ptr + cell, mask=chunk < stop, other=0)
+    total = tl.sum(count, axis=0)
+    place = first_place + tl.cumsum(total, axis=0) - total
+    before = tl.cumsum(count, axis=0) - count
+    tl.store(first_place_ptr + cell, place[None, :] + before, mask=chunk < stop)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -141,7 +168,7 @@ def _first_places_kernel(
     count_ptr, first_place_ptr, runs, num_queries, num_keys, query_leaf, key_leaf,
     query_leaf_chunks, key_leaf_chunks, query_chunks, key_chunks, flat_query_heads, query_programs,
     programs, most_runs, LEVELS: tl.constexpr, BUCKETS: tl.constexpr, TABLE_ROWS: tl.constexpr,
-    IS_ONE_TABLE: tl.constexpr, ALTERNATE: tl.constexpr,
+    FEW_ROWS: tl.constexpr, IS_ONE_TABLE: tl.constexpr, ALTERNATE: tl.constexpr,
 ):  # fmt: skip
     """Write the first place of every code of every chunk; grid: (heads and runs, run sizes)."""
     flat_head, run = tl.program_id(0) // most_runs, tl.program_id(0) % most_runs
@@ -170,14 +197,15 @@ def _first_places_kernel(
     line = tl.arange(0, TABLE_ROWS)[:, None]
     count_ptr += first_chunk * BUCKETS
     first_place_ptr += (level.to(tl.int64) * programs + first_chunk) * BUCKETS
+    # loads are what this kernel waits for: one instead of two for every table
     if IS_ONE_TABLE:
-        # loads are what this kernel waits for: one instead of two for every table
-        cell = (start + line).to(tl.int64) * BUCKETS + bucket
-        count = tl.load(count_ptr + cell, mask=start + line < stop, other=0)
-        total = tl.sum(count, axis=0)
-        place = run * size + tl.cumsum(total, axis=0) - total
-        before = tl.cumsum(count, axis=0) - count
-        tl.store(first_place_ptr + cell, place[None, :] + before, mask=start + line < stop)
+        _write_one_table(count_ptr, first_place_ptr, start, stop, run * size, BUCKETS, TABLE_ROWS)
+        return
+    if stop - start <= FEW_ROWS:
+        _write_one_table(count_ptr, first_place_ptr, start, stop, run * size, BUCKETS, FEW_ROWS)
+        return
+    if stop - start <= TABLE_ROWS:
+        _write_one_table(count_ptr, first_place_ptr, start, stop, run * size, BUCKETS, TABLE_ROWS)
         return
     total = tl.zeros([BUCKETS], tl.int32)
     for at in range(start, stop, TABLE_ROWS):
@@ -196,12 +224,17 @@ def _first_places_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _place_kernel(
-    code_ptr, rank_ptr, first_place_ptr, query_order_ptr, key_order_ptr, key_rank_ptr, runs,
+    code_ptr, rank_ptr, count_ptr, sorted_ptr, first_place_ptr, query_order_ptr, key_order_ptr,
+    key_rank_ptr, runs,
     num_queries, num_keys, query_leaf, key_leaf, query_leaf_chunks, key_leaf_chunks, query_chunks,
     key_chunks, query_programs, programs, query_rows, key_rows, LEVELS: tl.constexpr,
-    BUCKETS: tl.constexpr, CHUNK: tl.constexpr, ALTERNATE: tl.constexpr,
+    BUCKETS: tl.constexpr, CHUNK: tl.constexpr, ALTERNATE: tl.constexpr, SORTS: tl.constexpr,
 ):  # fmt: skip
-    """Write the orders of all run sizes, and the places of keys; grid: all chunks."""
+    """Write the orders of all run sizes, and the places of keys; grid: all chunks.
+
+    With `SORTS` rows are placed in the order of their codes, so that neighbours of one code are
+    written together.
+    """
     program = tl.program_id(0)
     is_query, flat_head, num_rows, start, stop = _chunk_of(
         program, query_programs, num_queries, num_keys, query_leaf, key_leaf, query_leaf_chunks,
@@ -217,15 +250,33 @@ def _place_kernel(
     offset += tl.where(is_query, 0, query_rows)
     code = tl.load(code_ptr + offset + row, mask=inside, other=0).to(tl.int32)
     rank = tl.load(rank_ptr + offset + row, mask=inside, other=0).to(tl.int32)
+    sorted_row, sorted_code, sorted_rank = row, code, rank
+    if SORTS:
+        count = tl.load(count_ptr + program.to(tl.int64) * BUCKETS + tl.arange(0, BUCKETS))
+        packed = tl.load(sorted_ptr + offset + row, mask=inside, other=0)
+        sorted_row, sorted_code = start + packed % CHUNK, packed // CHUNK
+        first = tl.gather(tl.cumsum(count, axis=0) - count, sorted_code, axis=0)
+        sorted_rank = row - start - first
     for level in tl.static_range(LEVELS):
-        place = row
         is_sorted = True
         if ALTERNATE:
             is_sorted = (start // runs[level] % 2 == 1) == is_query
-        if is_sorted:
-            place = rank + tl.load(first_place_ptr + code, mask=inside, other=0)
-        tl.store(order_ptr + place, row, mask=inside)
-        tl.store(key_rank_ptr + row, place, mask=inside & (is_query == 0))
+        if SORTS:
+            if is_sorted:
+                place = sorted_rank + tl.load(first_place_ptr + sorted_code, mask=inside, other=0)
+                tl.store(order_ptr + place, sorted_row, mask=inside)
+                if is_query == 0:
+                    place = rank + tl.load(first_place_ptr + code, mask=inside, other=0)
+                    tl.store(key_rank_ptr + row, place, mask=inside)
+            else:
+                tl.store(order_ptr + row, row, mask=inside)
+                tl.store(key_rank_ptr + row, row, mask=inside & (is_query == 0))
+        else:
+            place = row
+            if is_sorted:
+                place = rank + tl.load(first_place_ptr + code, mask=inside, other=0)
+            tl.store(order_ptr + place, row, mask=inside)
+            tl.store(key_rank_ptr + row, place, mask=inside & (is_query == 0))
         order_ptr += stride
         key_rank_ptr += stride
         first_place_ptr += tl.cast(programs, tl.int64) * BUCKETS
@@ -240,12 +291,14 @@ class Tuning:
         block_rows: rows that a program of the hash kernel works on at once.
         num_warps: warps of such a program.
         num_stages: blocks of rows that it loads ahead.
+        sorts: have the hash kernel sort every chunk, so that orders are written in longer pieces.
     """
 
     chunk: int
     block_rows: int
     num_warps: int
     num_stages: int
+    sorts: bool = False
 
     @classmethod
     def of(cls, query: torch.Tensor, key: torch.Tensor, runs: Sequence[int]) -> Tuning:
@@ -309,6 +362,8 @@ class HashSort:
         self.code = empty(torch.uint8, sum(self.rows))
         self.rank = empty(torch.int16, sum(self.rows))
         self.count = empty(torch.int32, sum(self.programs), self.buckets)
+        # rows of a chunk in the order of their codes: row in the chunk, and code
+        self.sorted = empty(torch.int32, sum(self.rows) if self.tuning.sorts else 0)
         self.first_place = empty(torch.int32, levels, sum(self.programs), self.buckets)
         self.query_order = empty(torch.int32, levels, *query.shape[:3])
         self.key_order = empty(torch.int32, levels, *key.shape[:3])
@@ -321,12 +376,13 @@ class HashSort:
         _hash_kernel[(sum(self.programs),)](
             self.query, self.key, self.projection,
             self.key_threshold if has_threshold else self.projection,
-            self.code, self.rank, self.count, *self.query.stride()[:3], *self.key.stride()[:3],
+            self.code, self.rank, self.count, self.sorted, *self.query.stride()[:3],
+            *self.key.stride()[:3],
             self.projection.stride(0) if self.projection.shape[0] > 1 else 0,
             self.query.shape[1], self.key.shape[1], *self.sizes, self.programs[0],
             self.rows[0], D=head_dim, R=num_projections, HAS_THRESHOLD=has_threshold,
             BLOCK_D=_padded(head_dim), BLOCK_N=self.tuning.block_rows, BUCKETS=self.buckets,
-            CHUNK=self.tuning.chunk, num_warps=self.tuning.num_warps,
+            CHUNK=self.tuning.chunk, SORTS=self.tuning.sorts, num_warps=self.tuning.num_warps,
             num_stages=self.tuning.num_stages,
         )  # fmt: skip
 
@@ -339,17 +395,18 @@ class HashSort:
         _first_places_kernel[(sum(self.heads) * most_runs, len(self.runs))](
             self.count, self.first_place, self.runs, *self.sizes, self.heads[0],
             self.programs[0], sum(self.programs), most_runs, LEVELS=len(self.runs),
-            BUCKETS=self.buckets, TABLE_ROWS=table_rows, IS_ONE_TABLE=is_one_table,
+            BUCKETS=self.buckets, TABLE_ROWS=table_rows, FEW_ROWS=_FEW_TABLE_ROWS,
+            IS_ONE_TABLE=is_one_table,
             ALTERNATE=self.alternate, num_warps=16 if table_rows > _TABLE_ROWS else 4,
         )  # fmt: skip
 
     def write_orders(self) -> None:
         """Write the orders of all run sizes."""
         _place_kernel[(sum(self.programs),)](
-            self.code, self.rank, self.first_place, self.query_order, self.key_order,
-            self.key_rank, self.runs, *self.sizes, self.programs[0],
+            self.code, self.rank, self.count, self.sorted, self.first_place, self.query_order,
+            self.key_order, self.key_rank, self.runs, *self.sizes, self.programs[0],
             sum(self.programs), *self.rows, LEVELS=len(self.runs), BUCKETS=self.buckets,
-            CHUNK=self.tuning.chunk, ALTERNATE=self.alternate,
+            CHUNK=self.tuning.chunk, ALTERNATE=self.alternate, SORTS=self.tuning.sorts,
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import vote_calls
+from . import few_leaves, vote_calls
 from .arguments import is_wide
 from .common import load_rows
 from .configs import is_interpreted, padded
@@ -115,8 +115,13 @@ def triton_best_leaves(
     batch, heads, num_tiles, _, _ = voters.shape
     mean = mean if mean.stride(-1) == 1 else mean.contiguous()
     count = min(num_leaves, num_far + near.shape[1])
-    chosen = torch.empty((batch, heads, num_tiles, count), dtype=torch.int64, device=mean.device)
     bias = None if is_even else sizes.float().log2()
+    if few_leaves.supports(voters, num_far, near.shape[1], num_leaves):
+        return few_leaves.triton_few_leaves(
+            voters, votes, mean, bias, far, scale=scale, num_far=num_far, num_leaves=num_leaves,
+            precision=_precision(),
+        )  # fmt: skip
+    chosen = torch.empty((batch, heads, num_tiles, count), dtype=torch.int64, device=mean.device)
     listed = torch.where(is_near, near, mean.shape[2]).int().contiguous()
     per_tile = 4 * batch * heads * (-(-num_far // _GROUP) + _GROUP * count + near.shape[1])
     step = max(1, _HELD_BYTES // per_tile)

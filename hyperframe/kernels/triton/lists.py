@@ -3,7 +3,9 @@
 A block plan names no keys: `block_lists_kernel` writes the list of each tile (its range of the key
 order, then the samples of its rectangle, those it holds already with weight 0) in one launch, a
 hundredth of the time of attending. `places_kernel` puts what the backward needs of every row in the
-order in which tiles own the rows, so that its inner loops read it in sequence.
+order in which tiles own the rows, so that its inner loops read it in sequence. Both do it for
+several plans at once, those of the levels of the recursion: by themselves they are too short to
+fill a GPU. What differs from plan to plan comes as a tuple.
 """
 
 from __future__ import annotations
@@ -16,31 +18,55 @@ from .common import LOG2_E, nearest, tile_rows
 _SIZES = ["num_tiles", "num_queries", "tile_slots", "place_tile"]
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_keys", "num_samples", "exact_slots", "list_slots"])
+@triton.jit
+def of_plan(pointers, plan, PLANS: tl.constexpr):
+    """Return the pointer that belongs to a plan."""
+    chosen = pointers[0]
+    for other in tl.static_range(1, PLANS):
+        chosen = tl.where(plan == other, pointers[other], chosen)
+    return chosen
+
+
+@triton.jit(
+    do_not_specialize=[
+        "heads", "num_tiles", "num_keys", "num_samples", "exact_slots", "list_slots"
+    ]
+)  # fmt: skip
 def block_lists_kernel(
-    table_ptr, order_ptr, order_batch, order_head, sample_ptr, sample_batch, sample_head,
-    sample_rectangle, rank_ptr, rank_batch, rank_head,
-    weight_ptr, weight_batch, weight_head, weight_rectangle, weight_slot,
-    index_ptr, log_weight_ptr, count_ptr, key_heads, num_tiles, num_keys, num_samples,
+    tables, orders, order_batch, order_head, samples, sample_batch, sample_head,
+    sample_rectangle, ranks, rank_batch, rank_head,
+    weights, weight_batch, weight_head, weight_rectangle, weight_slot,
+    indices, log_weights, counts, tiles_ptr, heads, key_heads, num_tiles, num_keys, num_samples,
     exact_slots, list_slots, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr, SAMPLES: tl.constexpr,
+    PLANS: tl.constexpr,
 ):  # fmt: skip
     """Write the list of one tile: keys int32 `[batch, key_heads, T, L]`, and its length int32.
+
+    Grid: (tiles of all heads of the largest plan, plans); of several plans `tiles` says how many
+    tiles each of them has.
 
     The range of the key order stands in front, padded to `exact_slots`; then the samples that the
     tile does not hold and that weigh something, moved up. Slots that are not used repeat the first
     key. With `WEIGHTS`, also the log weight float32 of every slot, `-inf` where it is not used.
     `SAMPLES` is the number of samples rounded up to a power of two, 0 without any.
     """
-    program = tl.program_id(0)
+    program, plan = tl.program_id(0), tl.program_id(1)
+    if PLANS > 1:
+        num_tiles = tl.load(tiles_ptr + plan)
+        if program >= heads * num_tiles:
+            return
     tile = program % num_tiles
     head = (program // num_tiles % key_heads).to(tl.int64)
     batch = (program // num_tiles // key_heads).to(tl.int64)
+    table_ptr, order_ptr = of_plan(tables, plan, PLANS), of_plan(orders, plan, PLANS)
+    index_ptr, count_ptr = of_plan(indices, plan, PLANS), of_plan(counts, plan, PLANS)
     first = tl.load(table_ptr + tile * 5 + 2)
     last = tl.load(table_ptr + tile * 5 + 3)
     rectangle = tl.load(table_ptr + tile * 5 + 4).to(tl.int64)
     order_ptr += batch * order_batch + head * order_head + first
     index_ptr += program.to(tl.int64) * list_slots
-    log_weight_ptr += program.to(tl.int64) * list_slots
+    if WEIGHTS:
+        log_weight_ptr = of_plan(log_weights, plan, PLANS) + program.to(tl.int64) * list_slots
     for start in range(0, exact_slots, BLOCK):
         slot = start + tl.arange(0, BLOCK)
         used = slot < last - first
@@ -52,6 +78,8 @@ def block_lists_kernel(
             tl.store(log_weight_ptr + slot, weight, mask=slot < exact_slots)
     count = exact_slots
     if SAMPLES > 0:
+        sample_ptr, rank_ptr = of_plan(samples, plan, PLANS), of_plan(ranks, plan, PLANS)
+        weight_ptr = of_plan(weights, plan, PLANS)
         sample_ptr += batch * sample_batch + head * sample_head + rectangle * sample_rectangle
         rank_ptr += batch * rank_batch + head * rank_head
         weight_ptr += batch * weight_batch + head * weight_head + rectangle * weight_rectangle
@@ -74,20 +102,28 @@ def block_lists_kernel(
     tl.store(count_ptr + program, count)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=[*_SIZES, "heads"])
 def places_kernel(
-    table_ptr, order_ptr, order_batch, order_head, lse_ptr, delta_ptr, row_ptr, place_lse_ptr,
-    place_delta_ptr, plan_heads, query_heads, num_tiles, tile_slots, num_queries, place_tile,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    tables, orders, order_batch, order_head, lse_ptr, delta_ptr, place_rows, place_lses,
+    place_deltas, tiles_ptr, heads, plan_heads, query_heads, num_tiles, tile_slots, num_queries,
+    place_tile, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PLANS: tl.constexpr,
 ):  # fmt: skip
     """Write row, log normaliser (log2; `+inf` for none or without keys) and delta of every place.
 
-    A tile has `tile_slots * GROUP` places, padded to `place_tile`; outputs are `[batch, plan_heads,
+    Grid: (blocks of places of all tiles of the largest plan, plans), as above. A tile has
+    `tile_slots * GROUP` places, padded to `place_tile`; outputs are `[batch, plan_heads,
     tiles, place_tile]`. Places without a row name the first row `f` of their
     tile, as `-1 - f`.
     """
     blocks = place_tile // BLOCK
-    program = tl.program_id(0)
+    program, plan = tl.program_id(0), tl.program_id(1)
+    if PLANS > 1:
+        num_tiles = tl.load(tiles_ptr + plan)
+        if program >= heads * num_tiles * blocks:
+            return
+    table_ptr, order_ptr = of_plan(tables, plan, PLANS), of_plan(orders, plan, PLANS)
+    row_ptr, place_lse_ptr = of_plan(place_rows, plan, PLANS), of_plan(place_lses, plan, PLANS)
+    place_delta_ptr = of_plan(place_deltas, plan, PLANS)
     tile = program // blocks % num_tiles
     head = program // (blocks * num_tiles) % plan_heads
     batch = (program // (blocks * num_tiles) // plan_heads).to(tl.int64)

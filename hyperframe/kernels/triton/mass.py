@@ -13,6 +13,7 @@ say that this did not do, the first pass is done once more with the running maxi
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -20,7 +21,7 @@ import triton.language as tl
 
 from .arguments import is_wide
 from .common import LOG2_E, load_rows, nearest
-from .configs import is_interpreted, padded, power_of_two
+from .configs import is_interpreted, mass_config, padded, power_of_two
 from .forward import finite
 
 __all__ = ["supports", "triton_tile_mass"]
@@ -35,16 +36,37 @@ def is_between(position, low, span):
 
 
 @triton.jit
+def gathered(
+    k_ptr, k_row, key, dim, num_keys, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """Return the rows of some keys, or of the nearest ones that exist."""
+    return load_rows(
+        k_ptr, nearest(key, num_keys)[:, None], k_row, dim[None, :], k_ptr, num_keys, D, BLOCK_D,
+        False, WIDE,
+    )  # fmt: skip
+
+
+@triton.jit
 def products(
     q_t, k_ptr, k_row, key, dim, num_keys, D: tl.constexpr, BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return the products of some keys with all rows, `[keys, rows]`."""
-    k = load_rows(
-        k_ptr, nearest(key, num_keys)[:, None], k_row, dim[None, :], k_ptr, num_keys, D, BLOCK_D,
-        False, WIDE,
-    )  # fmt: skip
+    k = gathered(k_ptr, k_row, key, dim, num_keys, D, BLOCK_D, WIDE)
     return tl.dot(k, q_t, input_precision=PRECISION)
+
+
+@triton.jit
+def hidden(found, key, position, num_keys, left, right, num_sinks, IS_CAUSAL: tl.constexpr):
+    """Return products with `-inf` where a row gives a key no mass."""
+    # rows behind the window, and if not causal also those before it
+    low = key + left + 1
+    span = tl.zeros_like(key) + (0x3FFFFFFF if IS_CAUSAL else -(left + right + 2))
+    nobody = (key >= num_keys) | (key < num_sinks)
+    low = tl.where(nobody, NOWHERE, low)
+    span = tl.where(nobody, 0, span)
+    seen = is_between(position, low, span.to(tl.uint32, bitcast=True))
+    return tl.where(seen, found, float("-inf"))
 
 
 @triton.jit
@@ -56,27 +78,43 @@ def candidate_products(
     """Return `products`, `-inf` where a row gives a key no mass; nowhere if `is_clear`."""
     found = products(q_t, k_ptr, k_row, key, dim, num_keys, D, BLOCK_D, WIDE, PRECISION)
     if is_clear == 0:
-        # rows behind the window, and if not causal also those before it
-        low = key + left + 1
-        span = tl.zeros_like(key) + (0x3FFFFFFF if IS_CAUSAL else -(left + right + 2))
-        nobody = (key >= num_keys) | (key < num_sinks)
-        low = tl.where(nobody, NOWHERE, low)
-        span = tl.where(nobody, 0, span)
-        seen = is_between(position, low, span.to(tl.uint32, bitcast=True))
-        found = tl.where(seen, found, float("-inf"))
+        found = hidden(found, key, position, num_keys, left, right, num_sinks, IS_CAUSAL)
     return found
 
 
 @triton.jit
+def is_held_by_all(
+    start, begin, first_key, num_keys, left, right, num_sinks, span, first_position, reach,
+    BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Return whether every row holds all keys of a block of slots of the window."""
+    stop = tl.minimum(num_keys, begin) if IS_CAUSAL else num_keys
+    last_position = first_position + reach
+    end = start + BLOCK_N
+    first = first_key + start - num_sinks
+    are_sinks = (end <= num_sinks) & (end <= stop)
+    are_near = (start >= num_sinks) & (end <= num_sinks + span) & (first >= num_sinks)
+    are_near = are_near & (first + BLOCK_N <= stop) & (first >= last_position - left)
+    if IS_CAUSAL:
+        are_sinks = are_sinks & (end <= first_position + 1)
+        are_near = are_near & (first + BLOCK_N <= first_position + 1)
+    else:
+        are_near = are_near & (first + BLOCK_N - 1 <= first_position + right)
+    return are_sinks | are_near
+
+
+@triton.jit
 def window_products(
-    q_t, k_ptr, k_row, slot, dim, position, begin, first_key, num_keys, left, right, num_sinks,
-    span, D: tl.constexpr, BLOCK_D: tl.constexpr, IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_t, k_ptr, k_row, start, dim, position, begin, first_key, num_keys, left, right, num_sinks,
+    span, first_position, reach, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return `products` for slots of the window, `-inf` where a row does not hold the key.
 
-    The slots are the sinks, then `span` keys from `first_key` on.
+    The slots are the sinks, then `span` keys from `first_key` on. Positions are `first_position`
+    and up to `reach` more.
     """
+    slot = start + tl.arange(0, BLOCK_N)
     is_sink = slot < num_sinks
     key = tl.where(is_sink, slot, first_key + (slot - num_sinks))
     real = (key < num_keys) & (is_sink | ((key >= num_sinks) & (slot < num_sinks + span)))
@@ -88,16 +126,28 @@ def window_products(
     low = tl.where(real, low, NOWHERE)
     held = tl.where(real, held, 0)
     found = products(q_t, k_ptr, k_row, key, dim, num_keys, D, BLOCK_D, WIDE, PRECISION)
-    seen = is_between(position, low, held.to(tl.uint32, bitcast=True))
-    return tl.where(seen, found, float("-inf"))
+    if not is_held_by_all(
+        start, begin, first_key, num_keys, left, right, num_sinks, span, first_position, reach,
+        BLOCK_N, IS_CAUSAL,
+    ):  # fmt: skip
+        seen = is_between(position, low, held.to(tl.uint32, bitcast=True))
+        found = tl.where(seen, found, float("-inf"))
+    return found
+
+
+@triton.jit
+def over_pairs(mass, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return sums over the pairs of keys that a thread has: `[keys / 2, rows]`."""
+    pairs = tl.sum(tl.reshape(mass, [BLOCK_N // 16, 2, 8, BLOCK_M]), 1)
+    return tl.reshape(pairs, [BLOCK_N // 2, BLOCK_M])
 
 
 @triton.jit
 def add_block(found, factor, weight, shift, total, is_first, IS_RUNNING: tl.constexpr):
     """Add the exponentials of a block; return what a row is shifted by, and the sums.
 
-    The shift is the maximum of the row's first block, and there is a sum for every place of a
-    block. If `IS_RUNNING` it is the maximum so far, and there is a sum for every row.
+    The shift is the maximum of the row's first block, and there is a sum for every two places of
+    a block. If `IS_RUNNING` it is the maximum so far, and there is a sum for every row.
     """
     if IS_RUNNING:
         top = tl.maximum(shift, tl.max(found, 0) * factor + weight)
@@ -107,14 +157,46 @@ def add_block(found, factor, weight, shift, total, is_first, IS_RUNNING: tl.cons
     else:
         if is_first:
             shift = finite(tl.max(found, 0) * factor + weight)
-        total += tl.exp2(found * factor + (weight - shift)[None, :])
+        mass = tl.exp2(found * factor + (weight - shift)[None, :])
+        total += over_pairs(mass, mass.shape[0], mass.shape[1])
+    return shift, total
+
+
+@triton.jit
+def window_sums(
+    q_t, k_ptr, k_row, dim, position, first_position, begin, num_keys, left, right, num_sinks,
+    span, reach, factor, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, IS_RUNNING: tl.constexpr,
+):  # fmt: skip
+    """Return shifts and sums, as `add_block` has them, of what the window holds."""
+    if IS_RUNNING:
+        shift = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+    else:
+        shift = tl.zeros([BLOCK_M], tl.float32)
+        total = tl.zeros([BLOCK_N // 2, BLOCK_M], tl.float32)
+    if HAS_WINDOW:
+        first_key = first_position - left
+        if IS_CAUSAL:
+            # whole blocks that end where the tile begins: all rows hold most of them
+            first_key += span
+            span = tl.cdiv(span, BLOCK_N) * BLOCK_N
+            first_key -= span
+        for start in range(0, num_sinks + span, BLOCK_N):
+            found = window_products(
+                q_t, k_ptr, k_row, start, dim, position, begin, first_key, num_keys, left, right,
+                num_sinks, span, first_position, reach, D, BLOCK_N, BLOCK_D, IS_CAUSAL, WIDE,
+                PRECISION,
+            )  # fmt: skip
+            shift, total = add_block(found, factor, 0.0, shift, total, start == 0, IS_RUNNING)
     return shift, total
 
 
 @triton.jit
 def row_sums(
     q_t, k_ptr, k_row, index_ptr, used_slots, clear_start, clear_stop, dim, position,
-    first_position, begin, num_keys, left, right, num_sinks, span, factor, weight,
+    first_position, begin, num_keys, left, right, num_sinks, span, reach, factor, weight,
     STRIDE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, IS_RUNNING: tl.constexpr,
@@ -124,20 +206,11 @@ def row_sums(
     `weight` is the log2 of how many candidates each of these stands for.
     """
     lane = tl.arange(0, BLOCK_N)
-    if IS_RUNNING:
-        shift = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-    else:
-        shift = tl.zeros([BLOCK_M], tl.float32)
-        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    if HAS_WINDOW:
-        first_key = first_position - left
-        for start in range(0, num_sinks + span, BLOCK_N):
-            found = window_products(
-                q_t, k_ptr, k_row, start + lane, dim, position, begin, first_key, num_keys, left,
-                right, num_sinks, span, D, BLOCK_D, IS_CAUSAL, WIDE, PRECISION,
-            )  # fmt: skip
-            shift, total = add_block(found, factor, 0.0, shift, total, start == 0, IS_RUNNING)
+    shift, total = window_sums(
+        q_t, k_ptr, k_row, dim, position, first_position, begin, num_keys, left, right, num_sinks,
+        span, reach, factor, D, BLOCK_M, BLOCK_N, BLOCK_D, HAS_WINDOW, IS_CAUSAL, WIDE, PRECISION,
+        IS_RUNNING,
+    )  # fmt: skip
     # keys are loaded a block ahead: the gathers do not wait for them
     slot = lane * STRIDE
     next_key = tl.load(index_ptr + slot, mask=slot < used_slots, other=num_keys).to(tl.int32)
@@ -188,8 +261,9 @@ def tile_mass_kernel(
     index_ptr, mass_ptr, rows_ptr, position_ptr, begin_ptr, heads_per_key, num_heads, num_tiles,
     slots, num_keys, left, right, num_sinks, span, scale, weight,
     SIZE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr, STRIDE: tl.constexpr, STEP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """See the module; `index` and `mass` are contiguous `[batch, heads, tiles, slots]`."""
     tile, head = tl.program_id(0), tl.program_id(1)
@@ -199,7 +273,7 @@ def tile_mass_kernel(
     lane = tl.arange(0, BLOCK_N)
     counts = row < tl.load(rows_ptr + tile)
     first_position = tl.load(position_ptr + tile)
-    position = first_position + row
+    position = first_position + row * STEP
     begin = tl.load(begin_ptr + tile)
     voter_ptr += batch * voter_batch + head.to(tl.int64) * voter_head
     voter_ptr += tile.to(tl.int64) * voter_tile
@@ -213,6 +287,7 @@ def tile_mass_kernel(
     index_ptr += flat_tile * slots
     mass_ptr += flat_tile * slots
     factor = scale * LOG2_E
+    reach = (SIZE - 1) * STEP
     used_slots, clear_start, clear_stop = clear_slots(
         index_ptr, slots, num_keys, first_position, left, num_sinks, BLOCKS, BLOCK_N, HAS_WINDOW,
         IS_CAUSAL,
@@ -220,8 +295,8 @@ def tile_mass_kernel(
     used_slots = tl.minimum(used_slots, slots)
     shift, total = row_sums(
         q_t, k_ptr, k_row, index_ptr, used_slots, clear_start, clear_stop, dim, position,
-        first_position, begin, num_keys, left, right, num_sinks, span, factor, weight, STRIDE, D,
-        BLOCK_M, BLOCK_N, BLOCK_D, HAS_WINDOW, IS_CAUSAL, WIDE, PRECISION, False,
+        first_position, begin, num_keys, left, right, num_sinks, span, reach, factor, weight,
+        STRIDE, D, BLOCK_M, BLOCK_N, BLOCK_D, HAS_WINDOW, IS_CAUSAL, WIDE, PRECISION, False,
     )  # fmt: skip
     good = (total > 8.7e-19) & (total < 1.2e18)
     if tl.min((good | (counts == 0)).to(tl.int32), 0) == 0:
@@ -229,8 +304,8 @@ def tile_mass_kernel(
         # so that this takes no more registers
         shift, total = row_sums(
             q_t, k_ptr, k_row, index_ptr, used_slots, clear_start, clear_stop, dim, position,
-            first_position, begin, num_keys, left, right, num_sinks, span, factor, weight, STRIDE,
-            D, BLOCK_M, 16, BLOCK_D, HAS_WINDOW, IS_CAUSAL, WIDE, PRECISION, True,
+            first_position, begin, num_keys, left, right, num_sinks, span, reach, factor, weight,
+            STRIDE, D, BLOCK_M, 16, BLOCK_D, HAS_WINDOW, IS_CAUSAL, WIDE, PRECISION, True,
         )  # fmt: skip
     # rows that see nothing, and rows that do not count, give no mass
     gives = (total > 0.0) & counts
@@ -272,7 +347,7 @@ def supports(voters: torch.Tensor, key: torch.Tensor) -> bool:
 def triton_tile_mass(
     voters: torch.Tensor, rows: torch.Tensor, position: torch.Tensor, key: torch.Tensor,
     index: torch.Tensor, begin: torch.Tensor, window: tuple[int, int, int], *, scale: float,
-    is_causal: bool, is_delayed: bool, stride: int = 1,
+    is_causal: bool, is_delayed: bool, stride: int = 1, step: int = 1,
 ) -> torch.Tensor:  # fmt: skip
     """Do what `hyperframe.kernels.mass.tile_mass` says, where `supports` holds; no host sync."""
     voters, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (voters, key))
@@ -286,19 +361,27 @@ def triton_tile_mass(
         voters, scale = voters * (-1 if scale < 0 else 0), -scale or 1.0
     left, right, num_sinks = window if window[0] >= 0 else (-1, 0, 0)
     size, width = voters.shape[3], padded(key.shape[-1])
-    span = left + (size - 1 if is_delayed else 0) + (0 if is_causal else size + right)
-    narrow = key.element_size() == 4 or width > 128
-    block = 32 if narrow else 64
-    options = {"num_warps": 8 if size > 64 else 4, "num_stages": 2 if narrow else 3}
-    if size <= 64 and width <= 64 and not is_interpreted():
-        options["maxnreg"] = 168  # three programs share a multiprocessor
-    tile_mass_kernel[(tiles, heads, batch)](
+    reach = (size - 1) * step  # from the first row to the last
+    span = left + (reach if is_delayed else 0) + (0 if is_causal else reach + 1 + right)
+    config = mass_config(key, size, slots, stride)
+    block = config.block_n
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if config.max_registers is not None and not is_interpreted():
+        options["maxnreg"] = config.max_registers
+    kernel: Any = tile_mass_kernel
+    rows_at_once = {"BLOCK_M": padded(size), "STRIDE": stride}
+    if config.long:
+        # (that module needs this one)
+        from .short_mass import short_mass_kernel as kernel
+
+        rows_at_once = {"BLOCK_M": min(32, padded(size)), "LONG": config.long}
+        rows_at_once["SHORT"] = config.short
+    kernel[(tiles, heads, batch)](
         voters, *voters.stride()[:4], key, *key.stride()[:3], index, mass,
         rows.int(), position.int(), begin.int(), heads // key.shape[1], heads, tiles, slots,
         key.shape[2], left, right, min(num_sinks, key.shape[2]), max(0, span), scale,
-        math.log2(stride), SIZE=size, D=key.shape[-1], BLOCK_M=padded(size), BLOCK_N=block,
-        BLOCK_D=width, BLOCKS=power_of_two(triton.cdiv(slots, block)), STRIDE=stride,
-        HAS_WINDOW=left >= 0, IS_CAUSAL=is_causal, WIDE=is_wide(key), PRECISION="ieee",
-        **options,
+        math.log2(stride), SIZE=size, D=key.shape[-1], BLOCK_N=block, BLOCK_D=width,
+        BLOCKS=power_of_two(triton.cdiv(slots, block)), STEP=step, HAS_WINDOW=left >= 0,
+        IS_CAUSAL=is_causal, WIDE=is_wide(key), PRECISION="ieee", **rows_at_once, **options,
     )  # fmt: skip
     return mass

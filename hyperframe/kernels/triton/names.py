@@ -20,7 +20,7 @@ __all__ = ["LAYERS", "NUM_OUTPUTS", "VERTICES", "triton_name_sums", "triton_name
 
 LAYERS, VERTICES, NUM_OUTPUTS = 8, 64, 13  # see `hyperframe.kernels.ops.names`
 _MEMBERS = 64  # rows of a product
-_BLOCK_COLUMNS = 128
+_BLOCK_COLUMNS, _WARPS = 64, 4
 
 
 @triton.jit(do_not_specialize=["num_rows", "buckets", "places"])
@@ -173,11 +173,9 @@ def triton_names(
     word = torch.empty((heads, columns, buckets, VERTICES), dtype=torch.int16, device=key.device)
     count = torch.empty(word.shape[:-1], dtype=torch.uint8, device=key.device)
     block = 16 if is_interpreted() else _BLOCK_COLUMNS
-    if padded(dim) > 128:
-        block = min(64, block)
     names_kernel[(-(-columns // block), buckets, heads)](
         key, sketch, word, count, columns, buckets, least, plain, NUM_OUTPUTS * share,
         NUM_OUTPUTS * even, OUTPUTS=NUM_OUTPUTS, D=dim, BLOCK_D=padded(dim), COLUMNS=block,
-        STAGES=4 if padded(dim) <= 64 else 3 if padded(dim) <= 128 else 2, num_warps=8,
+        STAGES=3 if padded(dim) <= 128 else 2, num_warps=_WARPS,
     )  # fmt: skip
     return word, count

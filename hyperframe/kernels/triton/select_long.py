@@ -12,12 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import power_of_two
+from .configs import is_interpreted, power_of_two
 
 __all__ = ["group_of", "launch_best", "maxima_kernel", "supports", "triton_select_top"]
 
 _ROW = 4096  # longest row that is read at once, and columns of a program that finds maxima
 _LARGEST = 16384  # values of a row that are held in registers
+# registers of a thread, by values of a row: more than one program fits on a multiprocessor
+_REGISTERS = {4096: 80, 8192: 64, 16384: 64}
 
 
 @triton.jit(do_not_specialize=["length", "num_groups"])
@@ -54,17 +56,47 @@ def kth_largest(bits, total, count):
     return low
 
 
+@triton.jit
+def store_best(
+    score, column, index_ptr, best_ptr, count_ptr, row, length, count, PADDED: tl.constexpr
+):  # fmt: skip
+    """Store the best columns of a row, in order, their scores and how many; return which these are.
+
+    Scores below 0 and those that are not numbers are none.
+    """
+    # adding 0 makes a positive zero of a negative one
+    bits = tl.where(score >= 0.0, (score + 0.0).to(tl.int32, bitcast=True), -1)
+    total = tl.sum((bits >= 0).to(tl.int32), 0)
+    bound = kth_largest(bits, total, count)
+    above = tl.sum((bits > bound).to(tl.int32), 0)
+    equal = (bits == bound).to(tl.int32)
+    if tl.sum(equal, 0) > count - above:
+        equal = tl.where(tl.cumsum(equal, 0) <= count - above, equal, 0)
+    taken = (bits > bound) | (equal > 0)
+    flags = taken.to(tl.int32)
+    target = row * count + tl.cumsum(flags, 0) - 1
+    tl.store(index_ptr + target, column, mask=taken)
+    tl.store(best_ptr + target, bits.to(tl.float32, bitcast=True), mask=taken)
+    total = tl.minimum(total, count)
+    tl.store(count_ptr + row, total)
+    rest = tl.arange(0, PADDED)
+    is_rest = (rest >= total) & (rest < count)
+    tl.store(index_ptr + row * count + rest, tl.zeros_like(rest) + length, mask=is_rest)
+    tl.store(best_ptr + row * count + rest, (rest * 0 - 1).to(tl.float32), mask=is_rest)
+    return flags
+
+
 @triton.jit(do_not_specialize=["length", "slots", "count", "num_groups"])
 def best_kernel(
-    score_ptr, stop_ptr, list_ptr, index_ptr, best_ptr, count_ptr, bits_ptr, length, slots, count,
-    num_groups, GROUP: tl.constexpr, COMPACT: tl.constexpr, WITH_BITS: tl.constexpr,
+    score_ptr, stop_ptr, list_ptr, index_ptr, best_ptr, count_ptr, bits_ptr, held_ptr, length,
+    slots, count, num_groups, GROUP: tl.constexpr, COMPACT: tl.constexpr, WITH_BITS: tl.constexpr,
     BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Write the best columns of a row, in order, their scores and how many there are.
 
     Without groups (`GROUP` = 0) the columns are the first `BLOCK`. With groups they are those of
     the groups in a list of `slots`; `COMPACT` scores are in the order of that list, others in a
-    whole row. `WITH_BITS`: also write which columns of each listed group were taken.
+    whole row. `WITH_BITS`: also write the groups of which columns were taken, and which ones.
     """
     row = tl.program_id(0).to(tl.int64)
     stop = tl.minimum(tl.load(stop_ptr + row), length)
@@ -79,28 +111,19 @@ def best_kernel(
     if COMPACT:
         source = score_ptr + row * slots * GROUP + place
     score = tl.load(source, mask=is_there, other=-1.0)
-    # adding 0 makes a positive zero of a negative one
-    bits = tl.where(score >= 0.0, (score + 0.0).to(tl.int32, bitcast=True), -1)
-    total = tl.sum((bits >= 0).to(tl.int32), 0)
-    bound = kth_largest(bits, total, count)
-    above = tl.sum((bits > bound).to(tl.int32), 0)
-    equal = (bits == bound).to(tl.int32)
-    taken = (bits > bound) | ((equal > 0) & (tl.cumsum(equal, 0) <= count - above))
-    flags = taken.to(tl.int32)
-    target = row * count + tl.cumsum(flags, 0) - 1
-    tl.store(index_ptr + target, column, mask=taken)
-    tl.store(best_ptr + target, score, mask=taken)
-    total = tl.minimum(total, count)
-    tl.store(count_ptr + row, total)
-    rest = tl.arange(0, PADDED)
-    is_rest = (rest >= total) & (rest < count)
-    tl.store(index_ptr + row * count + rest, tl.zeros_like(rest) + length, mask=is_rest)
-    tl.store(best_ptr + row * count + rest, (rest * 0 - 1).to(tl.float32), mask=is_rest)
+    flags = store_best(score, column, index_ptr, best_ptr, count_ptr, row, length, count, PADDED)
     if WITH_BITS:
         shifted = tl.reshape(flags << (place % GROUP), [BLOCK // GROUP, GROUP])
         listed = tl.arange(0, BLOCK // GROUP)
         packed = tl.sum(shifted, 1)
-        tl.store(bits_ptr + row * slots + listed, packed, mask=listed < slots)
+        number = tl.load(list_ptr + row * slots + listed, mask=listed < slots, other=0)
+        is_held = packed != 0
+        held = is_held.to(tl.int32)
+        target = row * slots + tl.cumsum(held, 0) - 1
+        tl.store(held_ptr + target, number, mask=is_held)
+        tl.store(bits_ptr + target, packed, mask=is_held)
+        is_rest = (listed >= tl.sum(held, 0)) & (listed < slots)
+        tl.store(held_ptr + row * slots + listed, listed * 0 + num_groups, mask=is_rest)
 
 
 def group_of(length: int, count: int) -> int:
@@ -128,24 +151,26 @@ def launch_best(
     """Launch the kernel on contiguous rows `[rows, ...]`; see `best_kernel` for what it takes.
 
     Returns:
-        Columns, scores, counts, and, `with_bits`, int32 `[rows, slots]`: bit `e` says that column
-        `e` of the listed group was taken.
+        Columns, scores, counts, and, `with_bits`, int32 `[2, rows, slots]`: groups of which columns
+        were taken, in the order of the list, then the number of groups; and their bits, bit `e`
+        says that column `e` was taken.
     """
     rows, device, stop = stop.shape[0], scores.device, stop.contiguous()
     index = torch.empty((rows, count), dtype=torch.int32, device=device)
     best = torch.empty((rows, count), dtype=torch.float32, device=device)
     taken = torch.empty(rows, dtype=torch.int32, device=device)
     slots = 0 if groups is None else groups.shape[-1]
-    bits = torch.empty((rows, slots if with_bits else 0), dtype=torch.int32, device=device)
+    held = torch.empty((2, rows if with_bits else 1, slots), dtype=torch.int32, device=device)
     block = max(16, power_of_two(max(1, slots * size if size else length)))
+    few = {"maxnreg": _REGISTERS[block]} if block in _REGISTERS and not is_interpreted() else {}
     if rows:
         best_kernel[(rows,)](
-            scores, stop, scores if groups is None else groups, index, best, taken, bits, length,
-            slots, count, -(-length // size) if size else 0,
+            scores, stop, scores if groups is None else groups, index, best, taken, held[1],
+            held[0], length, slots, count, -(-length // size) if size else 0,
             GROUP=size, COMPACT=is_compact, WITH_BITS=with_bits, BLOCK=block,
-            PADDED=power_of_two(count), num_warps=min(16, max(1, block // 512)),
+            PADDED=power_of_two(count), num_warps=min(16, max(1, block // 512)), **few,
         )  # fmt: skip
-    return index, best, taken, bits
+    return index, best, taken, held
 
 
 def triton_select_top(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .arguments import is_wide
+from .column_votes import column_votes_kernel
 from .configs import is_interpreted, padded, power_of_two
 from .votes import combine_kernel, listed_kernel, normalisers_kernel, votes_kernel
 
@@ -16,6 +17,11 @@ __all__ = ["Voting", "supports", "triton_column_votes"]
 _ROWS = 64
 _PROGRAMS = 4096  # enough for all multiprocessors to be busy to the end, half of them empty
 _SHORTEST = 1024  # keys of a chunk
+_OF_LIST = 512  # keys of a list that a program has
+_LONGEST = 4096  # keys that one program goes over twice
+# rows and keys of a block, warps, stages and registers of `column_votes_kernel`, by head size
+_BLOCKS = {64: (64, 64, 4, 3, 128), 128: (64, 64, 4, 2, 168)}
+_NARROW = (64, 32, 4, 2, None)
 
 
 def supports(voters: torch.Tensor, key: torch.Tensor) -> bool:
@@ -42,8 +48,6 @@ class Voting:
         stop: int32 `[groups, segments]`, one past the last one.
         width: no segment sees more keys.
         scale: factor of the logits.
-        last: int32 `[groups, segments, voters]`, the stop of lines, or None without lines.
-        position: int32, likewise: key positions of the voters.
         bias: float32 `[n_k]`, added to the logits in units of log2, or None.
         precision: of the products, as `tl.dot` takes it.
     """
@@ -54,8 +58,6 @@ class Voting:
     stop: torch.Tensor
     width: int
     scale: float
-    last: torch.Tensor | None = None
-    position: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     precision: str = "ieee"
 
@@ -76,41 +78,33 @@ class Voting:
             voted: int8 `[segments of all groups, voters]`: which of them count.
 
         Returns:
-            float32 `[1 or 2, rows]`, with lines the second one is theirs.
+            float32 `[rows]`.
         """
         grid, chunks, chunk_size = self._grid()
         (segments, voters), slots = self.rows, chunks + (listed is not None)
-        states = 1 if self.last is None else 2
         device = self.key.device
-        partial = torch.empty((segments * voters, slots, states), device=device)
-        lse = torch.empty((states, segments * voters), device=device)
+        partial = torch.empty((segments * voters, slots), device=device)
+        lse = torch.empty(segments * voters, device=device)
         normalisers_kernel[grid](
             **self._common(), partial_ptr=partial, row_blocks=grid[0] // chunks,
-            chunk_size=chunk_size, slots=slots, LINES=states == 2,
+            chunk_size=chunk_size, slots=slots,
         )  # fmt: skip
         if listed is not None:
             self.listed(partial, partial, listed, group=1, out_slots=slots, normalise=True)
         block = max(1, min(64, 4096 // power_of_two(slots)))
         combine_kernel[(-(-segments * voters // block),)](
-            partial, self.stop, self._or_key(self.last), self._or_key(voted), lse,
-            segments * voters, self.stop.numel(), self.voters.shape[4], slots,
-            VOTERS=voters, LINES=states == 2, HAS_VOTED=voted is not None,
+            partial, self._or_key(voted), lse, segments * voters, self.stop.numel(),
+            self.voters.shape[4], slots, VOTERS=voters, HAS_VOTED=voted is not None,
             SLOTS=power_of_two(slots), BLOCK=block, num_warps=4,
         )  # fmt: skip
         return lse
 
-    def votes(
-        self, lse: torch.Tensor, *, group: int = 0, lines: torch.Tensor | None = None,
-        run: int = 0, first_offset: int = 0,
-    ) -> torch.Tensor:  # fmt: skip
+    def votes(self, lse: torch.Tensor, *, group: int = 0) -> torch.Tensor:
         """Return the votes of all keys, or the largest of each `group` of them.
 
         Args:
             lse: from `normalisers`.
             group: keys of a group, or 0.
-            lines: float32 `[batch, heads, segments, voters, runs of keys, 2]`, written if given.
-            run: keys of a run; a power of two, 16 at most.
-            first_offset: the smallest offset of a line.
 
         Returns:
             float32 `[batch, heads, groups, segments, width or groups of keys]`; what no voter of
@@ -120,40 +114,34 @@ class Voting:
         slots = -(-self.width // group) if group else self.width
         out = torch.empty((*self.voters.shape[:4], slots), device=self.key.device)
         votes_kernel[grid](
-            **self._common(), position_ptr=self._or_key(self.position), lse_ptr=lse, out_ptr=out,
-            line_ptr=self._or_key(lines), row_blocks=grid[0] // chunks, chunk_size=chunk_size,
-            width=self.width, out_slots=slots, num_lines=0 if lines is None else lines.shape[-2],
-            first_offset=first_offset, GROUP=group, RUN=0 if lines is None else run,
+            **self._common(), lse_ptr=lse, out_ptr=out, row_blocks=grid[0] // chunks,
+            chunk_size=chunk_size, width=self.width, out_slots=slots, GROUP=group,
         )  # fmt: skip
         return out
 
     def listed(
         self, lse: torch.Tensor, out: torch.Tensor, listed: torch.Tensor, *, group: int,
-        out_slots: int, normalise: bool = False, lines: torch.Tensor | None = None, run: int = 0,
-        first_offset: int = 0, bits: torch.Tensor | None = None, stop: torch.Tensor | None = None,
+        out_slots: int, normalise: bool = False,
     ) -> None:  # fmt: skip
         """Write what `listed_kernel` says for lists `[heads or none, segments, slots]` of groups.
 
-        `stop` replaces that of the segments; for lists of keys, of groups of 1, it is `n_k`.
+        Of lists of keys, of groups of 1, all are seen.
         """
         batch, heads, groups, segments, voters, _ = self.voters.shape
         slots, total = listed.shape[-1], groups * segments
         begin = self.begin.repeat_interleave(segments) if groups > 1 else self.begin
+        stop = self.stop
         if group == 1:
             stop = torch.full_like(self.stop, self.key.shape[2])
             begin = torch.zeros_like(self.begin)
-        stop = self.stop if stop is None else stop
         width = self.key.shape[2] if group == 1 else self.width
         common = self._common() | {"begin_ptr": begin.expand(total).contiguous(), "stop_ptr": stop}
-        chunk = slots if normalise else 512 // group
+        chunk = slots if normalise else _OF_LIST // group
         listed_kernel[(total, -(-slots // chunk), batch * heads)](
-            **common | {"num_segments": total}, position_ptr=self._or_key(self.position),
-            lse_ptr=lse, list_ptr=listed, list_head=total * slots if listed.dim() == 3 else 0,
-            bits_ptr=self._or_key(bits), out_ptr=out, line_ptr=self._or_key(lines), slots=slots,
-            out_slots=out_slots, num_groups=-(-width // group),
-            num_lines=0 if lines is None else lines.shape[-2], first_offset=first_offset,
-            chunk_size=chunk * group, BLOCK_M=max(16, power_of_two(voters)), GROUP=group,
-            RUN=0 if lines is None else run, NORMALISE=normalise,
+            **common | {"num_segments": total}, lse_ptr=lse, list_ptr=listed,
+            list_head=total * slots if listed.dim() == 3 else 0, out_ptr=out, slots=slots,
+            out_slots=out_slots, num_groups=-(-width // group), chunk_size=chunk * group,
+            BLOCK_M=max(16, power_of_two(voters)), GROUP=group, NORMALISE=normalise,
         )  # fmt: skip
 
     def _or_key(self, tensor: torch.Tensor | None) -> torch.Tensor:
@@ -181,7 +169,7 @@ class Voting:
             "voter_ptr": self.voters, "k_ptr": key, "k_batch": key.stride(0),
             "k_head": key.stride(1), "k_row": key.stride(2),
             "bias_ptr": self._or_key(self.bias), "begin_ptr": self.begin, "stop_ptr": self.stop,
-            "last_ptr": self._or_key(self.last), "num_heads": self.voters.shape[1],
+            "num_heads": self.voters.shape[1],
             "heads_per_key": self.voters.shape[1] // key.shape[1], "num_keys": key.shape[2],
             "num_segments": self.voters.shape[3], "num_voters": self.voters.shape[4],
             "scale": self.scale, "D": dim, "BLOCK_D": padded(dim),
@@ -199,8 +187,25 @@ def triton_column_votes(
     shape = voters.shape
     if 0 in shape or width == 0:
         return torch.zeros((*shape[:4], width), device=key.device)
-    voting = Voting(
-        voters=voters.contiguous(), key=key if key.stride(-1) == 1 else key.contiguous(),
-        begin=begin.int().contiguous(), stop=stop.int().contiguous(), width=width, scale=scale,
+    key = key if key.stride(-1) == 1 else key.contiguous()
+    begin, stop = begin.int().contiguous(), stop.int().contiguous()
+    is_narrow = key.element_size() == 4 or key.shape[-1] > 128
+    blocks = _NARROW if is_narrow else _BLOCKS[max(64, padded(key.shape[-1]))]
+    rows, block, num_warps, num_stages, few = blocks
+    if width > min(_LONGEST, 64 * block):
+        voting = Voting(
+            voters=voters.contiguous(), key=key, begin=begin, stop=stop, width=width, scale=scale
+        )
+        return voting.votes(voting.normalisers())
+    (batch, heads, groups, segments, count, dim), key_heads = shape, key.shape[1]
+    out = torch.empty((*shape[:4], width), device=key.device)
+    units = segments * heads // key_heads
+    row_blocks = -(-units * power_of_two(count) // rows)
+    column_votes_kernel[(row_blocks, groups, batch * key_heads)](
+        voters.contiguous(), key, key.stride(0), key.stride(1), key.stride(2), begin, stop, out,
+        heads, heads // key_heads, key.shape[2], segments, count, row_blocks, width, scale,
+        D=dim, BLOCK_D=padded(dim), VOTERS=power_of_two(count), ROWS=rows, BLOCK_N=block,
+        WIDE=is_wide(key), PRECISION="ieee", num_warps=num_warps, num_stages=num_stages,
+        **({} if few is None or is_interpreted() else {"maxnreg": few}),
     )  # fmt: skip
-    return voting.votes(voting.normalisers())
+    return out

@@ -86,24 +86,14 @@ def block_scores(
 
 
 @triton.jit
-def bounds(stop_ptr, last_ptr, is_row, place, segment_place, LINES: tl.constexpr):
-    """Return the stops of rows for columns and for lines, the smaller and the larger of the two."""
-    stop = tl.load(stop_ptr + segment_place, mask=is_row, other=0)
-    last = stop
-    if LINES:
-        last = tl.load(last_ptr + place, mask=is_row, other=0)
-    return stop, last, tl.minimum(stop, last), tl.maximum(stop, last)
-
-
-@triton.jit
-def chunk_of(begin, chunk, chunk_size, low, high, is_row, BLOCK_N: tl.constexpr):
+def chunk_of(begin, chunk, chunk_size, stop, is_row, BLOCK_N: tl.constexpr):
     """Return the first key of a chunk, the end of the blocks that no row has to test, and its end.
 
-    `low` and `high` are bounds of the rows: all rows see keys before `low`, none from `high` on.
+    Rows see the keys before their stop.
     """
     first = begin + chunk * chunk_size
-    end = tl.minimum(first + chunk_size, tl.max(high, 0))
-    free = tl.minimum(tl.min(tl.where(is_row, low, 0x7FFFFFFF), 0), end)
+    end = tl.minimum(first + chunk_size, tl.max(stop, 0))
+    free = tl.minimum(tl.min(tl.where(is_row, stop, 0x7FFFFFFF), 0), end)
     middle = first + tl.maximum(free - first, 0) // BLOCK_N * BLOCK_N
     return first, middle, end
 
@@ -125,21 +115,20 @@ def log_sum(top, total):
 
 _SIZES = [
     "num_heads", "num_keys", "num_segments", "num_voters", "row_blocks", "chunk_size", "slots",
-    "out_slots", "num_groups", "width", "num_lines", "first_offset",
+    "out_slots", "num_groups", "width",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def normalisers_kernel(
-    voter_ptr, k_ptr, k_batch, k_head, k_row, bias_ptr, begin_ptr, stop_ptr, last_ptr, partial_ptr,
+    voter_ptr, k_ptr, k_batch, k_head, k_row, bias_ptr, begin_ptr, stop_ptr, partial_ptr,
     num_heads, heads_per_key, num_keys, num_segments, num_voters, row_blocks, chunk_size, slots,
     scale, D: tl.constexpr, BLOCK_D: tl.constexpr, VOTERS: tl.constexpr, BLOCK_N: tl.constexpr,
-    LINES: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the log-sum-exp of a chunk for each row: float32 `[rows, slots, 1 or 2]`.
+    """Write the log-sum-exp of a chunk for each row: float32 `[rows, slots]`.
 
-    Rows are `[batch, heads, groups, segments, VOTERS]`. With lines, the first one is over the keys
-    before both stops of a row, the second one over those between the two.
+    Rows are `[batch, heads, groups, segments, VOTERS]`.
     """
     row_block = tl.program_id(0) % row_blocks
     chunk = tl.program_id(0) // row_blocks
@@ -154,17 +143,12 @@ def normalisers_kernel(
         voter_ptr + flat * num_segments * num_voters * D, segment, voter, num_segments, num_voters,
         D, BLOCK_D,
     )  # fmt: skip
-    segment_place = group * num_segments + segment
-    _, _, low, high = bounds(
-        stop_ptr, last_ptr, is_row, segment_place * num_voters + voter, segment_place, LINES
-    )
+    stop = tl.load(stop_ptr + group * num_segments + segment, mask=is_row, other=0)
     begin = tl.load(begin_ptr + group)
-    first, middle, end = chunk_of(begin, chunk, chunk_size, low, high, is_row, BLOCK_N)
+    first, middle, end = chunk_of(begin, chunk, chunk_size, stop, is_row, BLOCK_N)
     factor = scale * LOG2_E
     top = tl.full([NUM_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([NUM_ROWS], tl.float32)
-    more_top = top
-    more_total = total
     lane = tl.arange(0, BLOCK_N)
     for start in range(first, middle, BLOCK_N):
         logits = block_scores(
@@ -181,19 +165,10 @@ def normalisers_kernel(
             q, k_ptr, k_row, bias_ptr, key, num_keys, factor, D, BLOCK_D, HAS_BIAS, WIDE,
             PRECISION,
         )  # fmt: skip
-        seen = key[None, :] < low[:, None]
+        seen = key[None, :] < stop[:, None]
         top, total = add_block(tl.where(seen, logits, float("-inf")), top, total)
-        if LINES:
-            seen = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
-            logits = tl.where(seen, logits, float("-inf"))
-            more_top, more_total = add_block(logits, more_top, more_total)
     place = (flat * num_segments + segment) * VOTERS + voter
-    states: tl.constexpr = 2 if LINES else 1
-    partial_ptr += (place * slots + chunk) * states
-    has_slot = segment < num_segments
-    tl.store(partial_ptr, log_sum(top, total), mask=has_slot)
-    if LINES:
-        tl.store(partial_ptr + 1, log_sum(more_top, more_total), mask=has_slot)
+    tl.store(partial_ptr + place * slots + chunk, log_sum(top, total), mask=segment < num_segments)
 
 
 @triton.jit
@@ -206,11 +181,10 @@ def joined(x):
 
 @triton.jit(do_not_specialize=["num_rows", "num_segments", "num_voters", "slots"])
 def combine_kernel(
-    partial_ptr, stop_ptr, last_ptr, voted_ptr, lse_ptr, num_rows, num_segments, num_voters, slots,
-    VOTERS: tl.constexpr, LINES: tl.constexpr, HAS_VOTED: tl.constexpr, SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    partial_ptr, voted_ptr, lse_ptr, num_rows, num_segments, num_voters, slots,
+    VOTERS: tl.constexpr, HAS_VOTED: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the log normalisers of rows, `+inf` for those that give no mass: `[1 or 2, rows]`.
+    """Write the log normalisers of rows, `+inf` for those that give no mass.
 
     `num_segments` are those of all groups, `voted` says for each and its voters whether they count.
     """
@@ -221,23 +195,12 @@ def combine_kernel(
     segment = row // VOTERS % num_segments
     is_row = used & (voter < num_voters)
     place = segment * num_voters + voter
-    states: tl.constexpr = 2 if LINES else 1
-    source = partial_ptr + (row.to(tl.int64)[:, None] * slots + slot[None, :]) * states
+    source = partial_ptr + row.to(tl.int64)[:, None] * slots + slot[None, :]
     inside = used[:, None] & (slot < slots)[None, :]
     lse = joined(tl.load(source, mask=inside, other=float("-inf")))
     gives = is_row
     if HAS_VOTED:
         gives = gives & (tl.load(voted_ptr + place, mask=is_row, other=0) != 0)
-    if LINES:
-        more = joined(tl.load(source + 1, mask=inside, other=float("-inf")))
-        top = tl.maximum(lse, more)
-        shift = tl.where(top == float("-inf"), 0.0, top)
-        both = log_sum(shift, tl.exp2(lse - shift) + tl.exp2(more - shift))
-        stop, last, _, _ = bounds(stop_ptr, last_ptr, is_row, place, segment, True)
-        line = tl.where(last > stop, both, lse)
-        lse = tl.where(stop > last, both, lse)
-        line = tl.where(gives & (line > float("-inf")), line, float("inf"))
-        tl.store(lse_ptr + num_rows + row, line, mask=used)
     tl.store(lse_ptr + row, tl.where(gives & (lse > float("-inf")), lse, float("inf")), mask=used)
 
 
@@ -264,45 +227,23 @@ def store_votes(
         )  # fmt: skip
 
 
-@triton.jit
-def store_lines(
-    mass, line_ptr, row_place, has_line, phase, key, num_lines, ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, RUN: tl.constexpr,
-):  # fmt: skip
-    """Store two sums of every run of keys: up to the phase of the row, and behind it."""
-    runs: tl.constexpr = BLOCK_N // RUN
-    is_low = (key % RUN)[None, :] <= phase[:, None]
-    low = tl.sum(tl.reshape(tl.where(is_low, mass, 0.0), [ROWS, runs, RUN]), 2)
-    high = tl.sum(tl.reshape(tl.where(is_low, 0.0, mass), [ROWS, runs, RUN]), 2)
-    number = tl.max(tl.reshape(key // RUN, [runs, RUN]), 1)
-    both = tl.join(low, high)
-    half = tl.arange(0, 2)
-    place = row_place[:, None] * num_lines + number[None, :]
-    inside = has_line[:, None] & (number < num_lines)[None, :]
-    target = line_ptr + place[:, :, None] * 2 + half[None, None, :]
-    tl.store(target, both, mask=inside[:, :, None] & (half >= 0)[None, None, :])
-
-
 @triton.jit(do_not_specialize=_SIZES)
 def votes_kernel(
-    voter_ptr, k_ptr, k_batch, k_head, k_row, bias_ptr, begin_ptr, stop_ptr, last_ptr, position_ptr,
-    lse_ptr, out_ptr, line_ptr, num_heads, heads_per_key, num_keys, num_segments, num_voters,
-    row_blocks, chunk_size, width, out_slots, num_lines, first_offset, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, VOTERS: tl.constexpr, BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr, RUN: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
+    voter_ptr, k_ptr, k_batch, k_head, k_row, bias_ptr, begin_ptr, stop_ptr, lse_ptr, out_ptr,
+    num_heads, heads_per_key, num_keys, num_segments, num_voters, row_blocks, chunk_size, width,
+    out_slots, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, VOTERS: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the votes of a chunk: float32 `[batch, heads, groups, segments, out_slots]`.
 
-    `GROUP` keys give one value, the largest; 0 for all of them. With lines (`RUN` > 0) also, for
-    every voter and every run of keys, the two sums of `store_lines`.
+    `GROUP` keys give one value, the largest; 0 for all of them.
     """
     row_block = tl.program_id(0) % row_blocks
     chunk = tl.program_id(0) // row_blocks
     group = tl.program_id(1)
     head = tl.program_id(2)
     flat = head.to(tl.int64) * tl.num_programs(1) + group
-    num_rows = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * num_segments * VOTERS
     k_ptr += (head // num_heads).to(tl.int64) * k_batch
     k_ptr += (head % num_heads // heads_per_key).to(tl.int64) * k_head
     segs: tl.constexpr = NUM_ROWS // VOTERS
@@ -312,24 +253,11 @@ def votes_kernel(
         voter_ptr + flat * num_segments * num_voters * D, segment, voter, num_segments, num_voters,
         D, BLOCK_D,
     )  # fmt: skip
-    segment_place = group * num_segments + segment
-    row_place = segment_place * num_voters + voter
-    stop, last, low, high = bounds(stop_ptr, last_ptr, is_row, row_place, segment_place, RUN > 0)
+    stop = tl.load(stop_ptr + group * num_segments + segment, mask=is_row, other=0)
     begin = tl.load(begin_ptr + group)
-    first, middle, end = chunk_of(begin, chunk, chunk_size, low, high, is_row, BLOCK_N)
+    first, middle, end = chunk_of(begin, chunk, chunk_size, stop, is_row, BLOCK_N)
     place = (flat * num_segments + segment) * VOTERS + voter
     lse = tl.load(lse_ptr + place, mask=is_row, other=float("inf"))
-    base = lse
-    if RUN > 0:
-        # what comes before both stops of a row is below both of its normalisers
-        line_lse = tl.load(lse_ptr + num_rows + place, mask=is_row, other=float("inf"))
-        base = tl.minimum(lse, line_lse)
-        some = base < float("inf")
-        column_share = tl.where(some, tl.exp2(tl.where(some, base, 0.0) - lse), 0.0)
-        line_share = tl.where(some, tl.exp2(tl.where(some, base, 0.0) - line_lse), 0.0)
-        at = tl.load(position_ptr + row_place, mask=is_row, other=0) - first_offset
-        phase = at & (RUN - 1)
-        line_place = (flat * num_segments + segment) * num_voters + voter
     out_segment = row_block * segs + tl.arange(0, segs)
     has_segment = out_segment < num_segments
     out_stop = tl.load(stop_ptr + group * num_segments + out_segment, mask=has_segment, other=0)
@@ -342,13 +270,7 @@ def votes_kernel(
             q, k_ptr, k_row, bias_ptr, key, num_keys, factor, D, BLOCK_D, HAS_BIAS, WIDE,
             PRECISION,
         )  # fmt: skip
-        mass = tl.exp2(logits - base[:, None])
-        if RUN > 0:
-            store_lines(
-                mass * line_share[:, None], line_ptr, line_place, is_row, phase, key, num_lines,
-                NUM_ROWS, BLOCK_N, RUN,
-            )  # fmt: skip
-            mass = mass * column_share[:, None]
+        mass = tl.exp2(logits - lse[:, None])
         store_votes(
             over_voters(mass, VOTERS, BLOCK_N), out_ptr, out_first, start, key, out_stop,
             has_segment, begin, width, out_slots, segs, BLOCK_N, GROUP,
@@ -359,12 +281,6 @@ def votes_kernel(
             q, k_ptr, k_row, bias_ptr, key, num_keys, factor, D, BLOCK_D, HAS_BIAS, WIDE,
             PRECISION,
         )  # fmt: skip
-        if RUN > 0:
-            mass = tl.exp2(logits - line_lse[:, None])
-            mass = tl.where(key[None, :] < last[:, None], mass, 0.0)
-            store_lines(
-                mass, line_ptr, line_place, is_row, phase, key, num_lines, NUM_ROWS, BLOCK_N, RUN
-            )
         mass = tl.exp2(logits - lse[:, None])
         mass = tl.where(key[None, :] < stop[:, None], mass, 0.0)
         store_votes(
@@ -375,21 +291,18 @@ def votes_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def listed_kernel(
-    voter_ptr, k_ptr, k_batch, k_head, k_row, bias_ptr, begin_ptr, stop_ptr, last_ptr, position_ptr,
-    lse_ptr, list_ptr, list_head, bits_ptr, out_ptr, line_ptr, num_heads, heads_per_key, num_keys,
-    num_segments, num_voters, slots, out_slots, num_groups, num_lines, first_offset, chunk_size,
-    scale, D: tl.constexpr, BLOCK_D: tl.constexpr, VOTERS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, NORMALISE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    voter_ptr, k_ptr, k_batch, k_head, k_row, bias_ptr, begin_ptr, stop_ptr, lse_ptr, list_ptr,
+    list_head, out_ptr, num_heads, heads_per_key, num_keys, num_segments, num_voters, slots,
+    out_slots, num_groups, chunk_size, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    VOTERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+    NORMALISE: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Do as the kernels above for lists of groups of keys, `[heads or 1, segments, slots]`.
 
     Groups are counted from the begin of a segment; those from `num_groups` on are none. A program
-    has one segment and `chunk_size` keys of its list. One of three is written:
+    has one segment and `chunk_size` keys of its list. One of two is written:
     - `NORMALISE`: the log-sum-exp of the list, to the last of `out_slots` partial ones;
-    - votes, in the order of the list, -1 for none: `[heads, segments, out_slots]`, from its start;
-    - `RUN` > 0: the sums of `store_lines`, less the keys that `bits` name. The list and its bits
-      are those of the segment before; the first one has its own.
+    - votes, in the order of the list, -1 for none: `[heads, segments, out_slots]`, from its start.
     """
     segment = tl.program_id(0)
     head = tl.program_id(2)
@@ -400,11 +313,7 @@ def listed_kernel(
     q, is_row = load_voters(
         voter_ptr + flat * num_voters * D, voter * 0, voter, 1, num_voters, D, BLOCK_D
     )
-    source = segment
-    if RUN > 0:
-        source = tl.maximum(segment - 1, 0)
-    source_place = head.to(tl.int64) * num_segments + source
-    list_ptr += head.to(tl.int64) * list_head + source.to(tl.int64) * slots
+    list_ptr += head.to(tl.int64) * list_head + segment.to(tl.int64) * slots
     begin = tl.load(begin_ptr + segment)
     stop = tl.load(stop_ptr + segment)
     factor = scale * LOG2_E
@@ -413,13 +322,7 @@ def listed_kernel(
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
     else:
-        if RUN > 0:
-            lse_ptr += tl.num_programs(2).to(tl.int64) * num_segments * VOTERS
         lse = tl.load(lse_ptr + row, mask=is_row, other=float("inf"))
-    if RUN > 0:
-        last = tl.load(last_ptr + segment * num_voters + voter, mask=is_row, other=0)
-        at = tl.load(position_ptr + segment * num_voters + voter, mask=is_row, other=0)
-        phase = (at - first_offset) & (RUN - 1)
     first = tl.program_id(1) * chunk_size
     for start in range(first, tl.minimum(first + chunk_size, slots * GROUP), BLOCK_N):
         place = start + tl.arange(0, BLOCK_N)
@@ -436,20 +339,9 @@ def listed_kernel(
             top, total = add_block(logits, top, total)
         else:
             mass = tl.exp2(logits - lse[:, None])
-            if RUN > 0:
-                bits = tl.load(bits_ptr + source_place * slots + slot, mask=slot < slots, other=0)
-                is_left = ((bits >> (place % GROUP)) & 1) == 0
-                mass = tl.where(is_left[None, :] & (key[None, :] < last[:, None]), mass, 0.0)
-                # groups that are none would be stored as others
-                counted = tl.where(number < num_groups, key, num_lines * RUN)
-                store_lines(
-                    mass, line_ptr, flat * num_voters + voter, is_row, phase, counted, num_lines,
-                    BLOCK_M, BLOCK_N, RUN,
-                )  # fmt: skip
-            else:
-                votes = tl.sum(mass, 0)
-                votes = tl.where(is_there, tl.where(votes == votes, votes, 0.0), -1.0)
-                tl.store(out_ptr + flat * out_slots + place, votes, mask=slot < slots)
+            votes = tl.sum(mass, 0)
+            votes = tl.where(is_there, tl.where(votes == votes, votes, 0.0), -1.0)
+            tl.store(out_ptr + flat * out_slots + place, votes, mask=slot < slots)
     if NORMALISE:
         tl.store(
             out_ptr + row * out_slots + out_slots - 1, log_sum(top, total), mask=voter < VOTERS

@@ -17,6 +17,7 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
+from hyperframe.kernels.triton import few_leaves  # noqa: E402
 from hyperframe.kernels.triton import leaf_scores as kernels  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -85,19 +86,44 @@ def test_any_tiles_get_the_leaves_that_torch_finds(
     compare(given_, num_far=num_far, num_leaves=num_leaves, is_even=is_even)
 
 
+@given(
+    tiles=st.integers(1, 40), voters=st.integers(1, 9), num_far=st.integers(1, 150),
+    num_leaves=st.integers(1, 2), is_even=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_one_or_two_leaves_are_found_in_one_launch(
+    tiles: int, voters: int, num_far: int, num_leaves: int, is_even: bool, seed: int
+) -> None:
+    given_ = problem(
+        tiles=tiles, voters=voters, num_far=num_far, num_near=0, heads=2, key_heads=1, seed=seed
+    )
+    assert few_leaves.supports(given_["voters"], num_far, 0, num_leaves)
+    compare(given_, num_far=num_far, num_leaves=num_leaves, is_even=is_even)
+
+
+def test_few_leaves_are_chosen_by_groups_where_one_launch_would_be_slow() -> None:
+    voters = problem()["voters"]
+    assert not few_leaves.supports(voters, 40, 6, 2)  # lists of near leaves
+    assert not few_leaves.supports(voters, 40, 0, 3)
+    assert not few_leaves.supports(voters, 5000, 0, 2)  # few programs, many leaves
+    assert few_leaves.supports(voters[:, :1].expand(2, 400, -1, -1, -1), 5000, 0, 2)
+
+
 def test_tiles_in_chunks_and_other_head_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_HELD_BYTES", 1)
     compare(problem(dim=40, heads=2, key_heads=1), num_far=40, num_leaves=7)
 
 
+@pytest.mark.parametrize("num_near, num_leaves", [(6, 9), (0, 2)])
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
-def test_what_is_not_a_number_names_no_leaf_twice() -> None:
-    given_ = problem()
+def test_what_is_not_a_number_names_no_leaf_twice(num_near: int, num_leaves: int) -> None:
+    given_ = problem(num_near=num_near)
     given_["voters"][:, 1] = float("nan")
     given_["mean"][1, :, 3] = float("nan")
     given_["votes"][:] = True
-    found = kernels.triton_best_leaves(**given_, scale=0.7, num_far=40, num_leaves=9, is_even=False)
-    seen = (given_["far"] + given_["is_near"].sum(dim=-1)).clamp(max=9)
+    found = kernels.triton_best_leaves(
+        **given_, scale=0.7, num_far=40, num_leaves=num_leaves, is_even=False
+    )
+    seen = (given_["far"] + given_["is_near"].sum(dim=-1)).clamp(max=num_leaves)
     for tile, count in enumerate(seen.tolist()):
         held = found[:, :, tile, :count].sort(dim=-1).values
         assert (held.diff() > 0).all()

@@ -31,6 +31,7 @@ if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
 
 from hyperframe.kernels.triton import bucket_sums as sum_kernels  # noqa: E402
 from hyperframe.kernels.triton import entries as entry_kernels  # noqa: E402
+from hyperframe.kernels.triton import entry_lists as list_kernels  # noqa: E402
 from hyperframe.kernels.triton import sketch as kernels  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -57,7 +58,7 @@ def tree(
 ) -> dict[str, Any]:  # fmt: skip
     """Arguments of the candidates: a tree whose scores are whole numbers, many of them ties."""
     nodes = sum(top * 8**level for level in range(levels))
-    unit = 255 // repetitions
+    unit = min(15, 127 // repetitions)
     shape = (heads, levels, repetitions, width, dim)
     blocks = torch.randint(
         width // 8, (heads, nodes, repetitions), generator=generator(seed + 1), device="cpu"
@@ -140,6 +141,12 @@ def test_any_capacity_and_any_score_that_is_enough(capacity: int, least: int) ->
     assert_candidates(tree(6, 2, repetitions=5) | {"capacity": capacity, "least": least})
 
 
+def test_levels_of_few_and_of_many_nodes() -> None:
+    # 6, 48 and 100 nodes: blocks of 32, 64 and 128
+    made = tree(6, 3, repetitions=5, columns=1) | {"capacity": 100, "least": 1}
+    assert (assert_candidates(made) >= 0).sum() > 190
+
+
 def test_places_that_need_more_than_a_byte() -> None:
     made = tree(4, 1, width=8 * 300, repetitions=2, heads=1)
     assert made["places"].dtype == torch.int16
@@ -180,7 +187,7 @@ def test_a_real_sketch_leads_to_the_same_rows() -> None:
     search = RowSearch.of(drawn, problem.query)
     given = {
         "key": problem.key, "top": search.top, "hashed": search.hashed, "places": search.places,
-        "factor": math.sqrt(8 * 31.5), "unit": 31, "least": 50, "capacity": 300, "num_rows": 700,
+        "factor": math.sqrt(8 * 15.5), "unit": 15, "least": 24, "capacity": 300, "num_rows": 700,
     }  # fmt: skip
     row, expected = kernels.triton_candidates(**given), torch_candidates(**given)
     # a product that rounds to the other side of a whole number may move a node over the bound
@@ -197,9 +204,13 @@ def dense(row: torch.Tensor, num_rows: int) -> torch.Tensor:
 def test_what_the_descent_does_not_take_is_said() -> None:
     made = tree(6, 1)
     given = (made["key"], made["top"], made["hashed"])
-    assert kernels.supports(*given, 2048)
-    assert not kernels.supports(*given, 2049)
-    assert not kernels.supports(*(x.double() for x in given), 9)
+    assert kernels.supports(*given, 15, 2048)
+    assert not kernels.supports(*given, 15, 2049)
+    assert not kernels.supports(*given, 16, 9)
+    more = {"top": made["top"].repeat(1, 3, 1, 1), "hashed": made["hashed"].repeat(1, 1, 3, 1, 1)}
+    assert kernels.supports(made["key"], **more, unit=14, capacity=9)
+    assert not kernels.supports(made["key"], **more, unit=15, capacity=9)
+    assert not kernels.supports(*(x.double() for x in given), 15, 9)
 
 
 # ------------------------------------------------------------------------ bucket sums
@@ -299,7 +310,7 @@ def assert_lists(
     is_causal: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     given = (row.to(DEVICE), strength.to(DEVICE), num_rows, tile_size, longest, is_causal)
-    index, bits, count = entry_kernels.triton_lists(*given)
+    index, bits, count = list_kernels.triton_lists(*given)
     expected = torch_entry_lists(*given)
     assert index.dtype == expected[0].dtype
     assert (index >= 0).all()
@@ -339,6 +350,48 @@ def test_a_row_that_every_column_holds_keeps_the_strongest(longest: int, levels:
     assert count[0, 0] == longest
 
 
+@pytest.mark.parametrize(
+    "num_keys, tile_size, bits, longest, levels",
+    [(400, 64, 8, 30, 1), (400, 64, 8, 1, 10_000), (400, 64, 8, 89, 3), (90, 5, 4, 9, 3),
+     (90, 64, 4, 89, 1), (90, 64, 4, 1, 10_000)],
+)  # fmt: skip
+def test_a_tile_that_many_jobs_share_keeps_the_same(
+    num_keys: int, tile_size: int, bits: int, longest: int, levels: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for name, size in (("_JOB", 64), ("_JOB_BLOCK", 32), ("_TILES_AT_ONCE", 2)):
+        monkeypatch.setattr(list_kernels, name, size)
+    asked, shifts = [], list_kernels._shifts
+
+    def shifts_of(width: int, num_keys: int) -> list[int]:
+        asked.append(width)
+        return shifts(width, num_keys)
+
+    monkeypatch.setattr(list_kernels, "_shifts", shifts_of)
+    # most columns have an entry in the same tile, and few anywhere else
+    g = generator(num_keys + longest)
+    row = torch.full((2, num_keys, 3), -1)
+    row[..., 0] = torch.where(torch.rand(2, num_keys, generator=g) < 0.95, 1, -1)
+    row[..., 1] = torch.randint(2, 30, (2, num_keys), generator=g)
+    strength = torch.randint(-levels, levels, row.shape, generator=g).float()
+    count = assert_lists(row, strength, 30, tile_size, longest)
+    assert asked == [8, bits]
+    assert (count == longest).any()
+
+
+@pytest.mark.parametrize("width", [4, 8])
+@pytest.mark.parametrize("num_keys", [2, 16, 17, 256, 257, 1 << 17, (1 << 31) - 1])
+def test_digits_leave_out_no_bit_that_can_differ(width: int, num_keys: int) -> None:
+    known = 63
+    for shift in list_kernels._shifts(width, num_keys):
+        assert shift < known
+        skipped = ((1 << known) - 1) & -(1 << (shift + width))
+        of_keys = (1 << (num_keys - 1).bit_length()) - 1
+        assert skipped & (((1 << 32) - 1) << 31 | of_keys) == 0
+        known = shift
+    assert known == 0
+
+
 def test_no_entries_give_empty_lists() -> None:
     row = torch.full((2, 20, 4), -1)
     count = assert_lists(row, torch.zeros(2, 20, 4), 30, 16, 5)
@@ -347,9 +400,9 @@ def test_no_entries_give_empty_lists() -> None:
 
 def test_what_the_lists_do_not_take_is_said() -> None:
     row, strength = torch.full((2, 20, 4), -1), torch.zeros(2, 20, 4)
-    assert entry_kernels.supports_lists(row, strength, 4096)
-    assert not entry_kernels.supports_lists(row, strength, 4097)
-    assert not entry_kernels.supports_lists(row, strength.double(), 5)
+    assert list_kernels.supports_lists(row, strength, 4096)
+    assert not list_kernels.supports_lists(row, strength, 4097)
+    assert not list_kernels.supports_lists(row, strength.double(), 5)
 
 
 # ---------------------------------------------------------------------------- detector
