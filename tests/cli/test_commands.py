@@ -176,6 +176,8 @@ def interrupted(arguments: list[str], out: Path) -> subprocess.CompletedProcess[
     child = subprocess.Popen(
         [sys.executable, "-m", "hyperframe_attention", *arguments], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # a test run in the background of a shell ignores interrupts, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     limit = time.monotonic() + 120
     while child.poll() is None and time.monotonic() < limit:

@@ -88,7 +88,8 @@ def test_codes_of_zero_rows_and_of_rows_with_strides() -> None:
 # ------------------------------------------------------------------------------ orders
 
 
-@settings(max_examples=12)  # a sort in registers is slow to interpret
+# a sort in registers is slow to interpret
+@settings(max_examples=max(8, settings.default.max_examples // 5))
 @given(
     num_rows=st.sampled_from([1, 63, 64, 100, 300]), buckets=st.integers(1, 140),
     seed=st.integers(0, 99), spread=st.sampled_from([0.2, 1.0, 6.0]),

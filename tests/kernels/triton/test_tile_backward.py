@@ -228,7 +228,10 @@ def test_plans_that_are_not_alone_add_in_float32() -> None:
     assert_close(found, exact_gradients(inputs, plan), FLOAT)
 
 
-@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=max(5, settings.default.max_examples // 5),
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     power=st.integers(-30, 30), steep=st.sampled_from([0.0, 1.0, 30.0]),
     offset=st.sampled_from([0.0, 100.0]), seed=st.integers(0, 99),
