@@ -40,13 +40,15 @@ class VerticalSlash(AbstractDetector):
     sharp diagonal takes `tile_size + 15` keys; the wider a diagonal is, the less is lost.
 
     Under `is_causal` the rows of a segment vote for columns before it, and the votes of the
-    segments before it choose its diagonals. Up to a quarter of a tile's columns are keys of its own
-    segment before the tile, voted for by `num_queries` rows of the tile. The tile's own keys are
+    segments before it choose its diagonals. Up to `num_near` of a tile's columns are keys of its
+    own segment before the tile, voted for by `num_queries` rows of the tile. The tile's own keys are
     held as well. No key moves the choice of an earlier row. In the strict form the voters are from
     the rows, as many as a segment (or tile) has, that end with its first one.
 
     Args:
         num_columns: columns held by a row; a float is a fraction of the keys.
+        num_near: how many of them may be keys of the own segment, under `is_causal`; None is a
+            quarter.
         num_diagonals: keys on diagonals held by a row.
         num_queries: rows that vote, in each segment and each tile.
         num_segments: segments of rows with columns and diagonals of their own.
@@ -81,6 +83,7 @@ class VerticalSlash(AbstractDetector):
     num_segments: int = 64
     min_offset: int = 0
     tile_size: int = 64
+    num_near: int | None = None
 
     def __post_init__(self) -> None:
         """Check the parameters."""
@@ -90,6 +93,8 @@ class VerticalSlash(AbstractDetector):
         check_positive_int(self, "num_segments", self.num_segments)
         check_non_negative_int(self, "min_offset", self.min_offset)
         check_positive_int(self, "tile_size", self.tile_size)
+        if self.num_near is not None:
+            check_non_negative_int(self, "num_near", self.num_near)
 
     def find(
         self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
@@ -153,7 +158,8 @@ class VerticalSlash(AbstractDetector):
         )
         wanted = resolve_budget(self.num_columns, num_keys)
         width = min(cut.rows - size, num_keys) if is_causal else 0
-        num_near = min(max(1, wanted // 4), width)
+        share = max(1, wanted // 4) if self.num_near is None else min(self.num_near, wanted)
+        num_near = min(share, width)
         tables = cut_tables(
             num_tiles, tiles_each, size, shift, num_keys, lines.num_columns, num_near,
             self.min_offset, is_causal, query.device,
