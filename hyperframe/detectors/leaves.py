@@ -20,7 +20,7 @@ class Leaves(NamedTuple):
     Attributes:
         keys: integer `[batch, key_heads, leaves, longest]`, the keys of each leaf.
         sizes: int64 `[leaves]`, how many of them there are; at least 1.
-        mean: `[batch, key_heads, leaves, d]`, the mean keys, in float32 at least.
+        mean: `[batch, key_heads, leaves, d]`, the mean keys, in the dtype of the keys at least.
         is_even: whether all leaves have `longest` keys.
     """
 
@@ -63,8 +63,8 @@ def tile_voters(
         earlier_query: `[batch, query_heads, n, d]`, rows before the first tile, or None.
 
     Returns:
-        `[batch, query_heads, tiles, voters, d]`, in float32 at least, and bool `[tiles, voters]`:
-        which of them there are. Cost O(n_q d).
+        `[batch, query_heads, tiles, voters, d]`, in the dtype of the queries, and bool `[tiles,
+        voters]`: which of them there are. Cost O(n_q d).
     """
     length = query.shape[2]
     num_tiles = -(-length // tile_size)
@@ -75,16 +75,15 @@ def tile_voters(
         votes = _runs_of_rows(length, tile_size, num_means, query.device)
         if length % tile_size == 0 and tile_size % num_means == 0:
             runs = tiles.unflatten(3, (num_means, -1))
-            dtype = torch.promote_types(query.dtype, torch.float32)
-            return runs.mean(dim=4, dtype=dtype), votes
+            return runs.mean(dim=4), votes
         rows = spaced(num_tiles, -tile_size, length, query.device, high=tile_size)
-        return pooled_queries(tiles, rows, num_means), votes
+        return pooled_queries(tiles, rows, num_means).to(query.dtype), votes
     tile = torch.arange(num_tiles, device=query.device)
     first = query[:, :, :0] if earlier_query is None else earlier_query[:, :, -tile_size:]
     before = torch.nn.functional.pad(first, (0, 0, 0, tile_size - first.shape[2])).unsqueeze(2)
     rows = torch.where(tile > 0, tile_size, first.shape[2])
     means = pooled_queries(torch.cat([before, tiles[:, :, :-1]], dim=2), rows, num_means)
-    means = torch.cat([means, tiles[:, :, :, :1].to(means.dtype)], dim=3)
+    means = torch.cat([means.to(query.dtype), tiles[:, :, :, :1]], dim=3)
     votes = run_lengths(rows, tile_size, num_means) > 0
     return means, torch.nn.functional.pad(votes, (0, 1), value=True)
 

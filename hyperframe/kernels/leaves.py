@@ -38,7 +38,7 @@ def best_leaves(
     """Return the leaves of every tile with the largest `leaf_masses`.
 
     Args:
-        voters: `[batch, query_heads, tiles, voters, d]`, in float32 at least.
+        voters: `[batch, query_heads, tiles, voters, d]`.
         votes: bool `[tiles, voters]`, which of them there are.
         mean: `[batch, key_heads, leaves, d]`, the mean keys of leaves, of the same dtype.
         sizes: int64 `[leaves]`, the keys of each leaf.
@@ -127,10 +127,10 @@ def leaf_masses(
     """
     batch, heads, num_tiles, num_voters, dim = voters.shape
     key_heads = mean.shape[1]
-    dtype = voters.dtype
+    dtype = torch.promote_types(voters.dtype, torch.float32)
     lowest = torch.finfo(dtype).min  # finite: where nothing is seen, no NaN is born
     mean, log_count = mean.to(dtype), sizes.to(dtype).log()
-    voters = (voters * scale).view(batch, key_heads, -1, num_tiles, num_voters, dim)
+    voters = (voters.to(dtype) * scale).view(batch, key_heads, -1, num_tiles, num_voters, dim)
     parts, normaliser = [], torch.full((1,), lowest, dtype=dtype, device=voters.device)
     with without_autocast(voters):
         if num_far:

@@ -3,6 +3,7 @@
 A program has the voters of several tiles and walks over the means of leaves twice: first for the
 normalisers of its rows, then for masses. Of those every column of a block keeps the two best of
 each tile in registers, and at the end the best of all columns are taken: no score is written.
+The masses of a single voter have the order of its logits: those tiles walk once.
 Other numbers of leaves, or lists of near ones, are chosen by groups (`leaf_scores`).
 """
 
@@ -82,24 +83,28 @@ def few_leaves_kernel(
     longest = tl.max(far, 0)
     factor = scale * 1.4426950408889634
     lane = tl.arange(0, BLOCK_N)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    for start in range(0, longest, BLOCK_N):
-        leaf = start + lane
-        logits = block_scores(
-            q, mean_ptr, mean_row, bias_ptr, leaf, num_leaves, factor, D, BLOCK_D, HAS_BIAS, WIDE,
-            PRECISION,
-        )  # fmt: skip
-        if start + BLOCK_N > shortest:
-            logits = tl.where(leaf[None, :] < far[:, None], logits, float("-inf"))
-        top, total = add_block(logits, top, total)
-    lse = log_sum(top, total)
-    lse = tl.where(gives & (lse > float("-inf")), lse, float("inf"))
+    lse = tl.zeros([ROWS], tl.float32)
+    if VOTERS > 1:
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        for start in range(0, longest, BLOCK_N):
+            leaf = start + lane
+            logits = block_scores(
+                q, mean_ptr, mean_row, bias_ptr, leaf, num_leaves, factor, D, BLOCK_D, HAS_BIAS,
+                WIDE, PRECISION,
+            )  # fmt: skip
+            if start + BLOCK_N > shortest:
+                logits = tl.where(leaf[None, :] < far[:, None], logits, float("-inf"))
+            top, total = add_block(logits, top, total)
+        lse = log_sum(top, total)
+        lse = tl.where(gives & (lse > float("-inf")), lse, float("inf"))
     out_tile = block * tiles + tl.arange(0, tiles)
     out_far = tl.load(far_ptr + out_tile, mask=out_tile < num_tiles, other=0)
     out_far = tl.minimum(out_far, num_far).to(tl.int32)
     none = tl.zeros([tiles, BLOCK_N], tl.float32)
-    first, second = none - 2.0, none - 2.0
+    lowest: tl.constexpr = -3.4e38
+    unseen = lowest if VOTERS == 1 else -1.0
+    first, second = none + 2.0 * unseen, none + 2.0 * unseen
     first_leaf, second_leaf = none.to(tl.int32), none.to(tl.int32)
     for start in range(0, longest, BLOCK_N):
         leaf = start + lane
@@ -107,10 +112,13 @@ def few_leaves_kernel(
             q, mean_ptr, mean_row, bias_ptr, leaf, num_leaves, factor, D, BLOCK_D, HAS_BIAS, WIDE,
             PRECISION,
         )  # fmt: skip
-        mass = over_voters(tl.exp2(logits - lse[:, None]), VOTERS, ROWS, BLOCK_N)
+        if VOTERS == 1:
+            mass = tl.maximum(logits, 0.5 * lowest)
+        else:
+            mass = over_voters(tl.exp2(logits - lse[:, None]), VOTERS, ROWS, BLOCK_N)
         # what is not a number is still seen
-        mass = tl.where(mass == mass, mass, 0.0)
-        mass = tl.where(leaf[None, :] < out_far[:, None], mass, -1.0)
+        mass = tl.where(mass == mass, mass, 0.5 * lowest if VOTERS == 1 else 0.0)
+        mass = tl.where(leaf[None, :] < out_far[:, None], mass, unseen)
         leaf = tl.broadcast_to(leaf[None, :], [tiles, BLOCK_N])
         first, first_leaf, second, second_leaf = keep_two(
             mass, leaf, first, first_leaf, second, second_leaf

@@ -84,11 +84,10 @@ def triton_leaf_means(x: torch.Tensor, index: torch.Tensor, sizes: torch.Tensor)
 def supports(
     voters: torch.Tensor, mean: torch.Tensor, num_far: int, num_near: int, num_leaves: int
 ) -> bool:
-    """Whether the kernels take these: see `vote_calls.supports`; float32, not too many leaves."""
+    """Whether the kernels take these: see `vote_calls.supports`; not too many leaves."""
     slots = min(num_leaves, -(-num_far // _GROUP)) * _GROUP + num_near
     return (
-        mean.dtype == torch.float32
-        and vote_calls.supports(voters.unsqueeze(2), mean)
+        vote_calls.supports(voters.unsqueeze(2), mean)
         and num_leaves > 0
         and 0 < slots <= _LARGEST
         and num_far <= _LARGEST * _GROUP
@@ -96,8 +95,10 @@ def supports(
 
 
 @functools.cache
-def _precision() -> str:
-    """Return how products of float32 are made: three of bfloat16 where Triton knows them."""
+def _precision(dtype: torch.dtype) -> str:
+    """Return how products are made, of float32 three of bfloat16 where Triton knows them."""
+    if dtype != torch.float32:
+        return "ieee"
     if not is_interpreted():
         from triton.backends.nvidia.compiler import CUDAOptions
 
@@ -119,7 +120,7 @@ def triton_best_leaves(
     if few_leaves.supports(voters, num_far, near.shape[1], num_leaves):
         return few_leaves.triton_few_leaves(
             voters, votes, mean, bias, far, scale=scale, num_far=num_far, num_leaves=num_leaves,
-            precision=_precision(),
+            precision=_precision(mean.dtype),
         )  # fmt: skip
     chosen = torch.empty((batch, heads, num_tiles, count), dtype=torch.int64, device=mean.device)
     listed = torch.where(is_near, near, mean.shape[2]).int().contiguous()
@@ -131,7 +132,7 @@ def triton_best_leaves(
             voters=voters[:, :, part].unsqueeze(2).contiguous(), key=mean,
             begin=torch.zeros(1, dtype=torch.int32, device=mean.device),
             stop=far[part].clamp(0, num_far).int().unsqueeze(0), width=num_far, scale=scale,
-            bias=bias, precision=_precision(),
+            bias=bias, precision=_precision(mean.dtype),
         )  # fmt: skip
         chosen[:, :, part] = _of_some_tiles(voting, votes[part], listed[part], num_far, count)
     return chosen
