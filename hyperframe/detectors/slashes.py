@@ -51,7 +51,7 @@ class CutTables(NamedTuple):
 @kept
 def cut_tables(
     num_tiles: int, tiles_each: int, tile_size: int, shift: int, num_keys: int, num_columns: int,
-    num_near: int, min_offset: int, is_causal: bool, device: torch.device,
+    num_near: int, is_shared: bool, min_offset: int, is_causal: bool, device: torch.device,
 ) -> CutTables:  # fmt: skip
     """Return what follows from the positions of tiles.
 
@@ -62,7 +62,8 @@ def cut_tables(
         shift: key position of row 0.
         num_keys: keys of the call.
         num_columns: columns of a tile, at most.
-        num_near: how many of them are keys of its segment before it, at most.
+        num_near: keys of its segment before it that a tile holds, at most.
+        is_shared: whether those take the place of columns.
         min_offset: near keys that are nearer than this to all rows of the tile are left out.
         is_causal: whether only keys before a segment are its columns.
         device: where the tables are used.
@@ -74,7 +75,7 @@ def cut_tables(
     stop = torch.arange(tiles_each, device=where) * tile_size - max(0, min_offset - tile_size)
     stop = (first.unsqueeze(-1) + stop).clamp(max=num_keys).maximum(begin.unsqueeze(-1))
     seen = stop - begin.unsqueeze(-1)
-    share = seen.clamp(max=num_near).flatten()[:num_tiles]
+    share = seen.clamp(max=num_near if is_shared else 0).flatten()[:num_tiles]
     before = first.clamp(min=0) if is_causal else torch.full_like(first, num_keys)
     tile = torch.arange(num_tiles, device=where) // tiles_each
     count = torch.minimum(num_columns - share, before[tile])

@@ -40,23 +40,25 @@ class VerticalSlash(AbstractDetector):
     sharp diagonal takes `tile_size + 15` keys; the wider a diagonal is, the less is lost.
 
     Under `is_causal` the rows of a segment vote for columns before it, and the votes of the
-    segments before it choose its diagonals. Up to `num_near` of a tile's columns are keys of its
-    own segment before the tile, voted for by `num_queries` rows of the tile. The tile's own keys are
-    held as well. No key moves the choice of an earlier row. In the strict form the voters are from
+    segments before it choose its diagonals. Up to a quarter of a tile's columns, or `num_near` keys
+    beside them, are keys of its own segment before the tile, voted for by `near_queries` rows of
+    the tile. The tile's own keys are held as well. No key moves the choice of an earlier row. In the strict form the voters are from
     the rows, as many as a segment (or tile) has, that end with its first one.
 
     Args:
         num_columns: columns held by a row; a float is a fraction of the keys.
-        num_near: how many of them may be keys of the own segment, under `is_causal`; None is a
-            quarter.
         num_diagonals: keys on diagonals held by a row.
         num_queries: rows that vote, in each segment and each tile.
-        num_segments: segments of rows with columns and diagonals of their own.
+        num_segments: segments of rows with columns and diagonals of their own, at most.
         min_offset: diagonals, and keys of the own segment, that are nearer than this to all rows of
             a tile are left to others: to a sliding window beside of this width.
         tile_size: rows of a tile.
+        num_near: keys of the own segment that a tile holds under `is_causal`, at most, beside its
+            columns; None takes a quarter of the columns, in their place.
+        near_queries: rows of a tile that vote for those; None is `num_queries`.
+        min_segment: rows of a segment, at least; there are fewer segments then.
 
-    Cost: O(num_segments num_queries n_k d) time; under `is_causal` another O(n_q^2 num_queries d /
+    Cost: O(num_segments num_queries n_k d) time; under `is_causal` another O(n_q^2 near_queries d /
     (num_segments tile_size)) for the keys of the own segments, where the segments are longer than
     a tile. Scores of some segments are held at a time; memory O(n d + n_q (num_columns +
     num_diagonals) / tile_size + num_segments n_k / run), and up to 512 MiB. On CUDA with Triton two
@@ -84,6 +86,8 @@ class VerticalSlash(AbstractDetector):
     min_offset: int = 0
     tile_size: int = 64
     num_near: int | None = None
+    near_queries: int | None = None
+    min_segment: int = 1
 
     def __post_init__(self) -> None:
         """Check the parameters."""
@@ -95,6 +99,9 @@ class VerticalSlash(AbstractDetector):
         check_positive_int(self, "tile_size", self.tile_size)
         if self.num_near is not None:
             check_non_negative_int(self, "num_near", self.num_near)
+        if self.near_queries is not None:
+            check_positive_int(self, "near_queries", self.near_queries)
+        check_positive_int(self, "min_segment", self.min_segment)
 
     def find(
         self, query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None,
@@ -135,7 +142,8 @@ class VerticalSlash(AbstractDetector):
         num_keys, size = key.shape[2], self.tile_size
         shift = num_keys - num_queries if shift is None else shift
         num_tiles = -(-num_queries // size)
-        tiles_each = -(-num_tiles // self.num_segments)
+        tiles_each = max(-(-num_tiles // self.num_segments), -(-self.min_segment // size))
+        tiles_each = min(tiles_each, max(1, num_tiles))
         cut = Cut(
             num_tiles=num_tiles, tiles_each=tiles_each, tile_size=size,
             num_segments=-(-num_tiles // tiles_each), shift=shift,
@@ -158,17 +166,18 @@ class VerticalSlash(AbstractDetector):
         )
         wanted = resolve_budget(self.num_columns, num_keys)
         width = min(cut.rows - size, num_keys) if is_causal else 0
-        share = max(1, wanted // 4) if self.num_near is None else min(self.num_near, wanted)
-        num_near = min(share, width)
+        is_shared = self.num_near is None
+        num_near = min(max(1, wanted // 4) if self.num_near is None else self.num_near, width)
         tables = cut_tables(
-            num_tiles, tiles_each, size, shift, num_keys, lines.num_columns, num_near,
+            num_tiles, tiles_each, size, shift, num_keys, lines.num_columns, num_near, is_shared,
             self.min_offset, is_causal, query.device,
         )  # fmt: skip
         near = None
         if num_near:
             voters, _ = voters_of_runs(
-                *source, size=size, count=num_tiles, num_voters=votes_each, strict=strict
-            )
+                *source, size=size, count=num_tiles, strict=strict,
+                num_voters=votes_each if self.near_queries is None else self.near_queries,
+            )  # fmt: skip
             near = (*self._near(cut, tables, voters, key, scale, width, num_near), tables.begin)
         caught = caught_votes(
             votes, earlier="with" if strict else "before" if is_causal else "all", run=cut.run,
@@ -200,7 +209,7 @@ class VerticalSlash(AbstractDetector):
         They are counted from the first key of the segment.
         """
         rows = filled_runs(voters.flatten(3), cut.tiles_each, cut.num_segments)
-        rows = rows.unflatten(4, (self.num_queries, -1))  # [B, H, S, tiles, R, d]
+        rows = rows.unflatten(4, (voters.shape[3], -1))  # [B, H, S, tiles, R, d]
         step = max(1, _CHUNK_BYTES // (4 * rows[:, :, 0, :, 0, 0].numel() * max(1, width)))
         found, held = [], []
         for start in range(0, cut.num_segments, step):

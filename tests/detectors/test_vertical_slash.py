@@ -78,15 +78,15 @@ def test_a_run_catches_what_its_keys_see_in_the_rows_of_a_tile(run: int, tile_si
 
 def voters(
     detector: VerticalSlash, query: torch.Tensor, earlier: torch.Tensor, size: int, number: int,
-    *, strict: bool,
+    *, strict: bool, count: int | None = None,
 ) -> list[tuple[int, torch.Tensor]]:  # fmt: skip
     """Rows and queries that vote in a run of rows; one head, `[n, d]`."""
     first, length = number * size, min(size, len(query) - number * size)
     if strict:
         first, length = first - (size - 1), size
-    rows = []
-    for vote in range(detector.num_queries):
-        row = first + int((vote + 0.5) * length / detector.num_queries)
+    rows, count = [], detector.num_queries if count is None else count
+    for vote in range(count):
+        row = first + int((vote + 0.5) * length / count)
         row = max(row, -len(earlier))
         rows.append((row, query[row] if row >= 0 else earlier[row]))
     return rows
@@ -103,7 +103,8 @@ def definition(
     """The dense mask of one head, `[n, d]` each, step by step."""
     num_queries, num_keys, size = len(query), len(key), detector.tile_size
     shift, num_tiles = num_keys - num_queries, -(-num_queries // size)
-    tiles_each = -(-num_tiles // detector.num_segments)
+    tiles_each = max(-(-num_tiles // detector.num_segments), -(-detector.min_segment // size))
+    tiles_each = min(tiles_each, num_tiles)
 
     def votes(row: torch.Tensor, keys: range) -> torch.Tensor:
         mass = torch.zeros(num_keys, dtype=torch.float64)
@@ -139,12 +140,15 @@ def definition(
                 max(0, segment * tiles_each * size + shift),
                 start - max(0, detector.min_offset - size),
             )
-            voting = voters(detector, query, earlier, size, tile, strict=strict)
+            voting = voters(
+                detector, query, earlier, size, tile, strict=strict, count=detector.near_queries
+            )
             mass = torch.stack([votes(row, near) for _, row in voting]).sum(0)
-            longest = min(max(1, detector.num_columns // 4), (tiles_each - 1) * size, num_keys)
-            chosen = best(mass, near, longest)
+            wanted, is_shared = detector.num_near, detector.num_near is None
+            wanted = max(1, detector.num_columns // 4) if wanted is None else wanted
+            chosen = best(mass, near, min(wanted, (tiles_each - 1) * size, num_keys))
             dense[rows, chosen] = True
-            share = len(chosen)
+            share = len(chosen) if is_shared else 0
         dense[rows, columns[segment][: min(detector.num_columns, num_keys) - share]] = True
         counted = diagonals
         if is_causal or strict:
@@ -177,12 +181,20 @@ def definition(
 @given(
     num_queries=SIZES, num_keys=SIZES, num_earlier=st.sampled_from([0, 2, 30]),
     seed=st.integers(0, 999), segments=st.integers(1, 6), min_offset=st.sampled_from([0, 7]),
+    near=st.sampled_from([{}, {"num_near": 5}, {"num_near": 0, "near_queries": 1}]),
+    min_segment=st.sampled_from([1, 20]),
 )  # fmt: skip
-@example(num_queries=53, num_keys=53, num_earlier=0, seed=0, segments=4, min_offset=0)
-@example(num_queries=53, num_keys=60, num_earlier=0, seed=0, segments=2, min_offset=7)
+@example(
+    num_queries=53, num_keys=53, num_earlier=0, seed=0, segments=4, min_offset=0, near={},
+    min_segment=1,
+)  # fmt: skip
+@example(
+    num_queries=53, num_keys=60, num_earlier=0, seed=0, segments=2, min_offset=7,
+    near={"num_near": 6, "near_queries": 5}, min_segment=30,
+)  # fmt: skip
 def test_the_mask_is_the_definition(
     is_causal: bool, strict: bool, num_queries: int, num_keys: int, num_earlier: int, seed: int,
-    segments: int, min_offset: int,
+    segments: int, min_offset: int, near: dict[str, int], min_segment: int,
 ) -> None:  # fmt: skip
     query, key = (
         x[:1, :2].double() for x in tensors(seed, num_queries=num_queries, num_keys=num_keys)
@@ -191,7 +203,9 @@ def test_the_mask_is_the_definition(
     options: dict[str, Any] = {"is_causal": is_causal, "scale": 0.5}
     if strict and num_earlier:
         options["earlier_query"] = earlier
-    detector = SMALL.replace(num_segments=segments, min_offset=min_offset)
+    detector = SMALL.replace(
+        num_segments=segments, min_offset=min_offset, min_segment=min_segment, **near
+    )
     found = find(detector, query, key, strict=strict, **options)
     for head in range(2):
         expected = definition(
@@ -475,10 +489,14 @@ def test_with_all_columns_attention_is_exact(causal: str, strict: bool) -> None:
 
 
 def test_bad_options_are_refused_by_name() -> None:
-    for name in ("num_columns", "num_diagonals", "num_queries", "num_segments", "tile_size"):
+    for name in (
+        "num_columns", "num_diagonals", "num_queries", "num_segments", "tile_size", "near_queries",
+        "min_segment",
+    ):  # fmt: skip
         with pytest.raises(ArgumentError, match=f"vertical_slash: {name}=0"):
             VerticalSlash(**{name: 0})
         with pytest.raises(ArgumentTypeError, match=f"vertical_slash: {name}=2.5"):
             VerticalSlash(**{name: 2.5})
-    with pytest.raises(ArgumentError, match="vertical_slash: min_offset=-1"):
-        VerticalSlash(min_offset=-1)
+    for name in ("min_offset", "num_near"):
+        with pytest.raises(ArgumentError, match=f"vertical_slash: {name}=-1"):
+            VerticalSlash(**{name: -1})
