@@ -22,13 +22,15 @@ class Preset(NamedTuple):
     Attributes:
         causal: for causal attention, single pass or recursion.
         dense: where all rows see all keys.
-        long: like `causal`, for more than `LONG` keys: fewer rows vote, fewer rounds of hashing.
+        middle: like `causal`, for more than `LONG` keys: fewer rows vote, nothing is hashed.
+        long: for more than `LONGER` keys.
         rows: what every row finds for itself, beside `causal` or `long`, where no later query may
             help to choose.
     """
 
     causal: str
     dense: str
+    middle: str
     long: str
     rows: str
 
@@ -48,6 +50,9 @@ def _by_row(num_rounds: int) -> str:
 LONG = 16384
 """Keys up to which finding may cost more for each row; what the longest inputs cost counts most."""
 
+LONGER = 65536
+"""Keys up to which the launches of many small kernels count."""
+
 _WINDOW = "sliding_window(width=128, num_sinks=64)"
 _NEAR = "sliding_window(width=32, num_sinks=0)"
 
@@ -59,11 +64,36 @@ def _lines(num_columns: int, num_queries: int) -> str:
     )
 
 
+def _long_lines(
+    num_columns: int, num_queries: int, num_near: int, near_queries: int, tile_size: int = 64
+) -> str:
+    return (
+        f"vertical_slash(num_columns={num_columns}, num_diagonals=16, num_queries={num_queries}, "
+        f"min_offset=128, num_near={num_near}, near_queries={near_queries}, min_segment=2048, "
+        f"tile_size={tile_size})"
+    )
+
+
+def _long_blocks(tile_size: int = 64) -> str:
+    return (
+        "pooled_topk(block_size=64, num_blocks=2, num_means=1, pool_step=4, "
+        f"tile_size={tile_size})"
+    )
+
+
+_LONG_WINDOW = "sliding_window(width=128, num_sinks=16)"
+_FAST = f"{_LONG_WINDOW} | {_long_lines(40, 4, 88, 8)}"
+_ACCURATE = _refined(
+    512, _WINDOW, _lines(512, 16), "pooled_topk(num_blocks=32)",
+    "lsh_topk(num_rounds=4, num_keys=128)",
+)  # fmt: skip
+
 PRESETS = {
     "fast": Preset(
         causal=_refined(192, _WINDOW, _lines(256, 8), "pooled_topk(num_blocks=16)"),
         dense=_refined(192, _NEAR, "pca_tree(num_leaves=32)"),
-        long=f"sliding_window(width=128, num_sinks=16) | {_lines(128, 8)}",
+        middle=_FAST,
+        long=_FAST,
         rows=_by_row(4),
     ),
     "balanced": Preset(
@@ -72,9 +102,9 @@ PRESETS = {
             "lsh_topk(num_rounds=8, num_keys=192)",
         ),
         dense=_refined(224, _NEAR, "pca_tree(num_leaves=64, tile_size=16)", tile_size=16),
-        long=_refined(
-            224, _WINDOW, _lines(160, 8), "pooled_topk(block_size=64, num_blocks=2)"
-        ),
+        # wider tiles: half the lists; what they lose in quality, docs/results.md says
+        middle=f"{_LONG_WINDOW} | {_long_lines(64, 8, 160, 8, 128)} | {_long_blocks(128)}",
+        long=f"{_LONG_WINDOW} | {_long_lines(64, 8, 160, 16)} | {_long_blocks()}",
         rows=_by_row(8),
     ),
     "accurate": Preset(
@@ -86,10 +116,8 @@ PRESETS = {
             768, _NEAR, "pca_tree(num_leaves=96, tile_size=16)", "lsh_topk(num_keys=256)",
             tile_size=16,
         ),
-        long=_refined(
-            512, _WINDOW, _lines(512, 16), "pooled_topk(num_blocks=32)",
-            "lsh_topk(num_rounds=4, num_keys=128)",
-        ),
+        middle=_ACCURATE,
+        long=_ACCURATE,
         rows=_by_row(16),
     ),
 }  # fmt: skip
@@ -148,7 +176,7 @@ class Auto(AbstractDetector):
         check_choice(self, "preset", self.preset, tuple(PRESETS))
         chosen = PRESETS[self.preset]
         parts = {name: create(spec) for name, spec in chosen._asdict().items()}
-        for name in ("causal", "long"):
+        for name in ("causal", "middle", "long"):
             parts[f"strict {name}"] = create(f"{getattr(chosen, name)} | {chosen.rows}")
         object.__setattr__(self, "parts", parts)
         object.__setattr__(self, "is_positional", True)
@@ -158,7 +186,8 @@ class Auto(AbstractDetector):
     def _part(self, key: torch.Tensor, is_causal: bool, strict: bool = False) -> AbstractDetector:
         if not is_causal:
             return self.parts["dense"]
-        name = "causal" if key.shape[2] <= LONG else "long"
+        length = key.shape[2]
+        name = "causal" if length <= LONG else "middle" if length <= LONGER else "long"
         return self.parts[f"strict {name}" if strict else name]
 
     def find(

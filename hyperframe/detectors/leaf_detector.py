@@ -91,6 +91,10 @@ class AbstractLeafDetector(AbstractDetector):
         Equal runs of the order are the leaves (`clustering.equal_runs`). No block reads another.
         """
 
+    def _pool_step(self) -> int:
+        """Return every how manyth row of a run, and key of a leaf, its mean is of."""
+        return 1
+
     def _points(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Return what is ordered, `[batch, key_heads, n_k, d]`, in the metric of the queries."""
         return in_metric_of(query, key)
@@ -188,9 +192,14 @@ class AbstractLeafDetector(AbstractDetector):
         scale: float | None, earlier_query: torch.Tensor | None, *, strict: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Return the lists of the best leaves, and their counts."""
+        size, step = min(self.tile_size, query.shape[2]), self._pool_step()
+        if step > 1:
+            query = query[:, :, ::step]
+            if earlier_query is not None:
+                earlier_query = earlier_query[:, :, -size:][:, :, ::step]
         voters, votes = tile_voters(
-            query, tile_size=min(self.tile_size, query.shape[2]), num_means=self.num_means,
-            strict=strict, earlier_query=earlier_query,
+            query, tile_size=-(-size // step), num_means=self.num_means, strict=strict,
+            earlier_query=earlier_query,
         )  # fmt: skip
         longest, wanted = self._sizes()
         chosen = best_leaves(
@@ -234,7 +243,9 @@ class AbstractLeafDetector(AbstractDetector):
         widest = max(index.shape[-1] for index in indices)
         padded = [pad(index, (0, widest - index.shape[-1])) for index in indices]
         index, size = torch.cat(padded, dim=2), torch.cat(sizes)
-        return Leaves(index, size, leaf_means(key, index, size), is_even)
+        step = self._pool_step()
+        mean = leaf_means(key, index[..., ::step], -(-size // step))
+        return Leaves(index, size, mean, is_even)
 
 
 def _mask(

@@ -9,6 +9,7 @@ import torch
 
 from ..budget import check_budget
 from ..component import check_positive_int
+from ..errors import ArgumentError
 from ..tables import consecutive, spaced
 from .leaf_detector import AbstractLeafDetector, Blocks
 from .leaves import Leaves
@@ -35,6 +36,8 @@ class PooledTopK(AbstractLeafDetector):
             `tile_size`, since all chunks then have the same blocks.
         block_size: keys of a block.
         num_blocks: blocks held by a tile; a float is a fraction of all of them.
+        pool_step: every how manyth row of a tile, and key of a block, the means are of, from the
+            first one on.
 
     Cost: O(n_q n_k d num_means / (tile_size block_size)) time, by default 1/256 of the logits;
     memory O(n). Deterministic. No gradient.
@@ -52,15 +55,25 @@ class PooledTopK(AbstractLeafDetector):
 
     block_size: int = 16
     num_blocks: int | float = 16
+    pool_step: int = 1
 
     def __post_init__(self) -> None:
         """Check the parameters."""
         super().__post_init__()
         check_positive_int(self, "block_size", self.block_size)
         check_budget(self, "num_blocks", self.num_blocks)
+        check_positive_int(self, "pool_step", self.pool_step)
+        if self.tile_size % self.pool_step:
+            raise ArgumentError(
+                f"{self.name}: pool_step={self.pool_step} does not divide "
+                f"tile_size={self.tile_size}; pass a divisor of it"
+            )
 
     def _sizes(self) -> tuple[int, int | float]:
         return self.block_size, self.num_blocks
+
+    def _pool_step(self) -> int:
+        return self.pool_step
 
     def _points(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return key  # their order is that of the positions
@@ -84,6 +97,6 @@ class PooledTopK(AbstractLeafDetector):
         count, stop = run.blocks * run.size // size, run.start + run.blocks * run.size
         index = consecutive(run.start, stop, key.device)
         keys = key[:, :, run.start : stop].unflatten(2, (count, size))
-        mean = keys.mean(dim=3)  # added in float32, and rounded as the keys are
+        mean = keys[:, :, :, :: self.pool_step].mean(dim=3)  # added in float32, and rounded as the keys are
         index = index.view(count, size).expand(*key.shape[:2], -1, -1)
         return Leaves(index, spaced(count, 0, size, key.device), mean.detach(), True)

@@ -7,7 +7,7 @@ import torch
 
 from hyperframe import HyperAttention, detectors
 from hyperframe.detectors import AbstractDetector
-from hyperframe.detectors.auto import LONG, PRESETS, Auto
+from hyperframe.detectors.auto import LONG, LONGER, PRESETS, Auto
 from hyperframe.errors import ArgumentError
 from hyperframe.samplers.auto import Auto as AutoSampler
 from hyperframe.samplers.centroid import Centroid
@@ -72,14 +72,48 @@ def test_it_finds_what_its_part_finds(preset: str, is_causal: bool, strict: bool
 
 
 def test_long_inputs_are_found_at_a_lower_price() -> None:
-    key = torch.zeros(1, 1, LONG + 1, 1)
+    key = torch.zeros(1, 1, LONGER + 1, 1)
     for preset in PRESETS:
         auto = Auto(preset=preset)
-        assert auto._part(key, True) is auto.parts["long"]
-        assert auto._part(key[:, :, :-1], True) is auto.parts["causal"]
         assert auto._part(key, False) is auto.parts["dense"]
-        assert auto._part(key, True, strict=True) is auto.parts["strict long"]
-        assert auto._part(key[:, :, :-1], True, strict=True) is auto.parts["strict causal"]
+        for length, name in (
+            (LONG, "causal"), (LONG + 1, "middle"), (LONGER, "middle"), (LONGER + 1, "long"),
+        ):  # fmt: skip
+            assert auto._part(key[:, :, :length], True) is auto.parts[name]
+            assert auto._part(key[:, :, :length], True, strict=True) is auto.parts[f"strict {name}"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", ["middle", "long"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_in_long_inputs_no_later_key_moves_an_earlier_row(
+    preset: str, name: str, strict: bool
+) -> None:
+    detector = Auto(preset=preset).parts[f"strict {name}" if strict else name]
+    find = detector.find_strict if strict else detector.find
+    query, key, _ = tensors(2700, heads=1)
+
+    def found(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        g = torch.Generator().manual_seed(1)
+        return find(query, key, is_causal=True, generator=g).to_dense()
+
+    before = found(query, key)
+    for cut in (1000, 2500):
+        other_query, other_key = query.clone(), key.clone()
+        other_key[:, :, cut:] *= -3
+        if strict:  # later rows have no vote either
+            other_query[:, :, cut:] *= -2
+        after = found(other_query, other_key)
+        assert torch.equal(after[:, :, :cut], before[:, :, :cut])
+        assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("preset", ["fast", "balanced"])
+@pytest.mark.parametrize("name", ["middle", "long"])
+def test_a_row_of_a_long_input_has_at_most_the_budget(preset: str, name: str) -> None:
+    query, key, _ = tensors(2700)
+    mask = Auto(preset=preset).parts[name].find(query, key, is_causal=True).to_dense()
+    assert mask.sum(dim=-1).max() <= 512
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -59,6 +59,17 @@ def test_long_rows_are_selected_by_groups(length: int, count: int, values: int) 
     compare(scores, torch.tensor([10, 4099, length - 5, length], device=DEVICE), count)
 
 
+@pytest.mark.parametrize("length, count, values", [
+    (1024, 100, 10**6), (2000, 112, 9), (4096, 30, 10**6), (4096, 600, 300),
+])  # fmt: skip
+def test_rows_of_which_few_columns_are_there_are_selected_alike(
+    length: int, count: int, values: int
+) -> None:
+    scores = rows(7, length, values, 1)
+    places = [0, 5, length // 4, length // 4 + 1, length // 2, length // 2 + 1, length]
+    compare(scores, torch.tensor(places, device=DEVICE), count)
+
+
 def test_what_is_behind_the_stop_is_not_read() -> None:
     scores = torch.full((2, 6000), float("nan"), device=DEVICE)
     scores[:, :70] = torch.rand(2, 70).to(DEVICE)
