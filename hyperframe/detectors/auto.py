@@ -76,8 +76,7 @@ def _long_lines(
 
 def _long_blocks(tile_size: int = 64) -> str:
     return (
-        "pooled_topk(block_size=64, num_blocks=2, num_means=1, pool_step=4, "
-        f"tile_size={tile_size})"
+        f"pooled_topk(block_size=64, num_blocks=2, num_means=1, pool_step=4, tile_size={tile_size})"
     )
 
 

@@ -97,6 +97,7 @@ class PooledTopK(AbstractLeafDetector):
         count, stop = run.blocks * run.size // size, run.start + run.blocks * run.size
         index = consecutive(run.start, stop, key.device)
         keys = key[:, :, run.start : stop].unflatten(2, (count, size))
-        mean = keys[:, :, :, :: self.pool_step].mean(dim=3)  # added in float32, and rounded as the keys are
+        # added in float32, and rounded as the keys are
+        mean = keys[:, :, :, :: self.pool_step].mean(dim=3)
         index = index.view(count, size).expand(*key.shape[:2], -1, -1)
         return Leaves(index, spaced(count, 0, size, key.device), mean.detach(), True)

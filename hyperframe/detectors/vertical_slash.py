@@ -42,8 +42,9 @@ class VerticalSlash(AbstractDetector):
     Under `is_causal` the rows of a segment vote for columns before it, and the votes of the
     segments before it choose its diagonals. Up to a quarter of a tile's columns, or `num_near` keys
     beside them, are keys of its own segment before the tile, voted for by `near_queries` rows of
-    the tile. The tile's own keys are held as well. No key moves the choice of an earlier row. In the strict form the voters are from
-    the rows, as many as a segment (or tile) has, that end with its first one.
+    the tile. The tile's own keys are held as well. No key moves the choice of an earlier row. In
+    the strict form the voters are from the rows, as many as a segment (or tile) has, that end with
+    its first one.
 
     Args:
         num_columns: columns held by a row; a float is a fraction of the keys.

@@ -116,9 +116,10 @@ def best_kernel(
 ):  # fmt: skip
     """Write the best columns of a row, in order, their scores and how many there are.
 
-    Without groups (`GROUP` = 0) the columns are the first `BLOCK`, a power of two. With groups they are those of
-    the groups in a list of `slots`; `COMPACT` scores are in the order of that list, others in a
-    whole row. `WITH_BITS`: also write the groups of which columns were taken, and which ones.
+    Without groups (`GROUP` = 0) the columns are the first `BLOCK`, a power of two. With groups they
+    are those of the groups in a list of `slots`; `COMPACT` scores are in the order of that list,
+    others in a whole row. `WITH_BITS`: also write the groups of which columns were taken, and which
+    ones.
     """
     row = tl.program_id(0).to(tl.int64)
     stop = tl.minimum(tl.load(stop_ptr + row), length)
