@@ -74,9 +74,10 @@ def _long_lines(
     )
 
 
-def _long_blocks(tile_size: int = 64) -> str:
+def _long_blocks(tile_size: int, pool_step: int) -> str:
     return (
-        f"pooled_topk(block_size=64, num_blocks=2, num_means=1, pool_step=4, tile_size={tile_size})"
+        f"pooled_topk(block_size=64, num_blocks=2, num_means=1, pool_step={pool_step}, "
+        f"tile_size={tile_size})"
     )
 
 
@@ -102,8 +103,8 @@ PRESETS = {
         ),
         dense=_refined(224, _NEAR, "pca_tree(num_leaves=64, tile_size=16)", tile_size=16),
         # wider tiles: half the lists; what they lose in quality, docs/results.md says
-        middle=f"{_LONG_WINDOW} | {_long_lines(64, 8, 160, 8, 128)} | {_long_blocks(128)}",
-        long=f"{_LONG_WINDOW} | {_long_lines(64, 8, 160, 16)} | {_long_blocks()}",
+        middle=f"{_LONG_WINDOW} | {_long_lines(112, 8, 112, 8, 128)} | {_long_blocks(128, 1)}",
+        long=f"{_LONG_WINDOW} | {_long_lines(64, 8, 160, 16)} | {_long_blocks(64, 4)}",
         rows=_by_row(8),
     ),
     "accurate": Preset(

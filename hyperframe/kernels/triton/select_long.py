@@ -3,9 +3,7 @@
 The `k` best columns of a row lie in the `k` groups of the largest maxima, whatever the ties, if of
 equal groups and of equal columns the first ones are taken. So a row of 131,072 columns is read
 once, for the maxima of groups of 16; the rest is done on a few thousand values, in registers.
-There the k-th largest value is found by its bits, which order like the value: what is between two
-bounds is cut into three, and both cuts are counted at once. Rows of which few columns are there are
-held in fewer registers.
+There the k-th largest value is bisected by its bits, which order like the value.
 """
 
 from __future__ import annotations
@@ -48,21 +46,13 @@ def kth_largest(bits, total, count):
     high = tl.max(bits, 0) + 1
     reached = total  # how many reach the lower bound
     while (high - low > 1) & (reached > count):
-        third = (high - low) // 3
-        lower = tl.maximum(low + third, low + 1)
-        upper = tl.maximum(lower, low + 2 * third)
-        # both counts in one sum: there are fewer bits than 2^15
-        here = tl.sum((bits >= lower).to(tl.int32) + (bits >= upper).to(tl.int32) * 65536, 0)
-        of_upper, of_lower = here // 65536, here % 65536
-        if of_upper >= count:
-            low = upper
-            reached = of_upper
-        elif of_lower >= count:
-            low = lower
-            reached = of_lower
-            high = upper
+        middle = low + (high - low) // 2
+        here = tl.sum((bits >= middle).to(tl.int32), 0)
+        if here >= count:
+            low = middle
+            reached = here
         else:
-            high = lower
+            high = middle
     return low
 
 
@@ -78,10 +68,9 @@ def store_best(
     bits = tl.where(score >= 0.0, (score + 0.0).to(tl.int32, bitcast=True), -1)
     total = tl.sum((bits >= 0).to(tl.int32), 0)
     bound = kth_largest(bits, total, count)
+    above = tl.sum((bits > bound).to(tl.int32), 0)
     equal = (bits == bound).to(tl.int32)
-    counts = tl.sum((bits > bound).to(tl.int32) + equal * 65536, 0)
-    above = counts % 65536
-    if counts // 65536 > count - above:
+    if tl.sum(equal, 0) > count - above:
         equal = tl.where(tl.cumsum(equal, 0) <= count - above, equal, 0)
     taken = (bits > bound) | (equal > 0)
     flags = taken.to(tl.int32)
@@ -97,17 +86,6 @@ def store_best(
     return flags
 
 
-@triton.jit
-def best_of_first(
-    score_ptr, index_ptr, best_ptr, count_ptr, row, stop, length, count, BLOCK: tl.constexpr,
-    PADDED: tl.constexpr,
-):  # fmt: skip
-    """Do what `best_kernel` says without groups, where no more than `BLOCK` columns are there."""
-    column = tl.arange(0, BLOCK)
-    score = tl.load(score_ptr + row * length + column, mask=column < stop, other=-1.0)
-    store_best(score, column, index_ptr, best_ptr, count_ptr, row, length, count, PADDED)
-
-
 @triton.jit(do_not_specialize=["length", "slots", "count", "num_groups"])
 def best_kernel(
     score_ptr, stop_ptr, list_ptr, index_ptr, best_ptr, count_ptr, bits_ptr, held_ptr, length,
@@ -116,33 +94,18 @@ def best_kernel(
 ):  # fmt: skip
     """Write the best columns of a row, in order, their scores and how many there are.
 
-    Without groups (`GROUP` = 0) the columns are the first `BLOCK`, a power of two. With groups they
-    are those of the groups in a list of `slots`; `COMPACT` scores are in the order of that list,
-    others in a whole row. `WITH_BITS`: also write the groups of which columns were taken, and which
-    ones.
+    Without groups (`GROUP` = 0) the columns are the first `BLOCK`. With groups they are those of
+    the groups in a list of `slots`; `COMPACT` scores are in the order of that list, others in a
+    whole row. `WITH_BITS`: also write the groups of which columns were taken, and which ones.
     """
     row = tl.program_id(0).to(tl.int64)
     stop = tl.minimum(tl.load(stop_ptr + row), length)
-    if GROUP == 0:
-        few: tl.constexpr = BLOCK // 4 if BLOCK >= 1024 else BLOCK
-        some: tl.constexpr = BLOCK // 2 if BLOCK >= 1024 else BLOCK
-        if stop <= few:
-            best_of_first(
-                score_ptr, index_ptr, best_ptr, count_ptr, row, stop, length, count, few, PADDED
-            )
-        elif stop <= some:
-            best_of_first(
-                score_ptr, index_ptr, best_ptr, count_ptr, row, stop, length, count, some, PADDED
-            )
-        else:
-            best_of_first(
-                score_ptr, index_ptr, best_ptr, count_ptr, row, stop, length, count, BLOCK, PADDED
-            )
-        return
     place = tl.arange(0, BLOCK)
-    slot = place // GROUP
-    group = tl.load(list_ptr + row * slots + slot, mask=slot < slots, other=num_groups)
-    column = tl.where(group < num_groups, group * GROUP + place % GROUP, length)
+    column = place
+    if GROUP > 0:
+        slot = place // GROUP
+        group = tl.load(list_ptr + row * slots + slot, mask=slot < slots, other=num_groups)
+        column = tl.where(group < num_groups, group * GROUP + place % GROUP, length)
     is_there = column < stop
     source = score_ptr + row * length + column
     if COMPACT:
