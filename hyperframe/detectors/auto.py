@@ -142,8 +142,9 @@ class Auto(AbstractDetector):
 
     Candidates come from columns and diagonals, from blocks of pooled scores, and (from `balanced`
     on) from hashing after centring, which finds single far keys that pooled scores blur; all rows
-    of a tile then score them exactly (`refined`). Without a causal mask the leaves of a tree over
-    the keys take the place of columns and blocks. `PRESETS` has the parts.
+    of a tile then score them exactly (`refined`). For more than 16,384 keys fewer rows vote, and
+    `fast` and `balanced` hash nothing and hold all that they find. Without a causal mask the leaves
+    of a tree over the keys take the place of columns and blocks. `PRESETS` has the parts.
 
     In the strict form rows before a tile choose for it, and those copy from elsewhere: every row
     adds the keys that it finds by itself, by hashing.

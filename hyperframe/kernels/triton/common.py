@@ -213,7 +213,9 @@ def load_rows(
             summary_ptr + ((row - num_keys) * SIZE + dim),
             mask=inside & (row >= num_keys), other=0.0,
         )  # fmt: skip
-        return tl.where(real, found, extra)
+        # one of them is 0. a choice by `real` would need it in the layout of a product's factor,
+        # which compilers do not make for tiles of 16 rows
+        return found + extra
     elif SIZE == BLOCK:
         # no mask: its bookkeeping would cost as much as the loads
         return tl.load(ptr + (row * stride + dim))

@@ -1,0 +1,74 @@
+"""Kernels compile for an H100 on any machine: the interpreter takes more than the compiler does."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("compiles")]
+
+# launched for what other kernels find, which here is nothing
+NOT_REACHED = {
+    "bucket_sums_kernel", "clusters_kernel", "descend_kernel", "jobs_kernel", "name_sums_kernel",
+    "names_kernel", "selection_kernel", "top_kernel", "words_kernel",
+}  # fmt: skip
+
+
+@functools.cache
+def lines() -> list[dict[str, Any]]:
+    """What the script printed for all cases; it is run once."""
+    script = Path(__file__).with_name("dry_run.py")
+    options = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = str(script.parents[3])
+    options["PYTHONPATH"] = os.pathsep.join([root, options.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=options, cwd=root,
+        timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_all_cases_compile() -> None:
+    cases = {line["case"]: line["error"] for line in lines() if "case" in line}
+    failed = {name: error[-1500:] for name, error in cases.items() if error}
+    assert len(cases) >= 15
+    assert not failed, "\n".join(f"{name}: {error}" for name, error in failed.items())
+
+
+def test_all_kernels_are_compiled_but_those_that_others_decide_on() -> None:
+    compiled = {line["kernel"] for line in lines() if "kernel" in line}
+    (known,) = (set(line["kernels"]) for line in lines() if "kernels" in line)
+    assert known - compiled == NOT_REACHED
+
+
+def test_a_kernel_that_does_not_compile_is_seen(tmp_path: Path) -> None:
+    """The script fails where only the compiler does."""
+    script = Path(__file__).with_name("dry_run.py")
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(
+        f"import sys; sys.path.insert(0, {str(script.parent)!r})\n"
+        "import dry_run, torch, triton, triton.language as tl\n"
+        "@triton.jit\n"
+        "def wrong_kernel(x_ptr, y_ptr, N: tl.constexpr):\n"
+        "    tl.store(y_ptr + tl.arange(0, N), tl.load(x_ptr + tl.arange(0, N)))\n"
+        "dry_run.pretend()\n"
+        "x = torch.zeros(48)\n"
+        "wrong_kernel[(1,)](x, x, N=48)\n",
+        encoding="utf-8",
+    )
+    options = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    options["PYTHONPATH"] = str(script.parents[3])
+    done = subprocess.run(
+        [sys.executable, str(wrong)], capture_output=True, text=True, env=options, check=False
+    )
+    assert done.returncode != 0
+    assert "power of 2" in done.stderr
