@@ -2,9 +2,9 @@
 
 The interpreter runs kernels as Python, and takes things that the compiler does not. Here tensors
 are on the CPU and say that they are on a GPU, a launch compiles down to machine code and does
-nothing, and memory that a kernel would write holds zeros. One JSON line for each kernel that was compiled
-(its name, seconds, bytes of shared memory), one for each case (its name, seconds and error), then
-one with the names of all kernels that there are.
+nothing, and memory that a kernel would write holds zeros. One JSON line for each kernel that was
+compiled (its name, seconds, bytes of shared memory), one for each case (its name, seconds and
+error), then one with the names of all kernels that there are.
 
     python tests/kernels/triton/dry_run.py            # all cases
     python tests/kernels/triton/dry_run.py presets    # those whose name begins so
