@@ -42,9 +42,9 @@ GRAPH = ExpanderGraph(
         (2, 3, 5, 6), (0, 2, 4, 6), (0, 1, 4, 5), (0, 1, 2, 3),
     )
 )  # fmt: skip
-"""The expander on the layers: the one that `ExpanderGraph.make(8, 4)` finds, written down, so that
-compiled code draws nothing. Every set of up to 4 layers has at least 0.32 of its edges' ends
-outside."""
+"""The expander on the layers, one of those with the least second eigenvalue among what
+`ExpanderGraph.make(8, 4)` draws, written down, so that compiled code draws nothing. Every set of up
+to 4 layers has at least 0.32 of its edges' ends outside."""
 
 STEPS = 7
 """Steps of propagation: any path through a cluster of 8 vertices."""

@@ -43,7 +43,8 @@ SPECS = {
     "oracle": "oracle(budget=6)",
     "pca_tree": "pca_tree(tile_size=9, num_means=2, chunk_size=18, leaf_size=6, num_leaves=2)",
     "pooled_topk": (
-        "pooled_topk(tile_size=9, num_means=2, chunk_size=18, block_size=6, num_blocks=2)"
+        "pooled_topk(tile_size=9, num_means=2, chunk_size=18, block_size=6, num_blocks=2, "
+        "pool_step=3)"
     ),
     "quest": "quest(block_size=6, num_blocks=2, num_queries=3, reduction='max', tile_size=9)",
     "refined": (
@@ -56,7 +57,7 @@ SPECS = {
     "union": "union(detectors=('oracle(budget=6)', 'sliding_window(width=5)'))",
     "vertical_slash": (
         "vertical_slash(num_columns=6, num_diagonals=9, num_queries=3, num_segments=4, "
-        "min_offset=2, tile_size=9)"
+        "min_offset=2, tile_size=9, num_near=4, near_queries=2, min_segment=20)"
     ),
 }
 
