@@ -144,7 +144,6 @@ CASES: dict[str, Callable[[], None]] = {
         preset("balanced", "long"), sampler="uniform", dim=128, heads=(4, 2)
     ),
     "presets: balanced, middle": lambda: attend(preset("balanced", "middle"), sampler="uniform"),
-    "presets: accurate, long": lambda: attend(preset("accurate", "long"), sampler="uniform"),
     "presets: balanced": lambda: attend("balanced"),
     "presets: balanced, strict": lambda: attend("balanced", strict_causal=True),
     "presets: balanced, no mask": lambda: attend("balanced", is_causal=False),
