@@ -24,8 +24,8 @@ class Preset(NamedTuple):
         dense: where all rows see all keys.
         middle: like `causal`, for more than `LONG` keys: fewer rows vote, nothing is hashed.
         long: for more than `LONGER` keys.
-        rows: what every row finds for itself, beside `causal` or `long`, where no later query may
-            help to choose.
+        rows: what every row finds for itself, beside `causal`, `middle` or `long`, where no later
+            query may help to choose.
     """
 
     causal: str

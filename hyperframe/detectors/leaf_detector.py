@@ -243,9 +243,10 @@ class AbstractLeafDetector(AbstractDetector):
         widest = max(index.shape[-1] for index in indices)
         padded = [pad(index, (0, widest - index.shape[-1])) for index in indices]
         index, size = torch.cat(padded, dim=2), torch.cat(sizes)
-        step = self._pool_step()
-        mean = leaf_means(key, index[..., ::step], -(-size // step))
-        return Leaves(index, size, mean, is_even)
+        pooled, step = (index, size), self._pool_step()
+        if step > 1:
+            pooled = index[..., ::step], -(-size // step)
+        return Leaves(index, size, leaf_means(key, *pooled), is_even)
 
 
 def _mask(

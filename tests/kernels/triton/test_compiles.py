@@ -22,17 +22,24 @@ NOT_REACHED = {
 }  # fmt: skip
 
 
-@functools.cache
-def lines() -> list[dict[str, Any]]:
-    """What the script printed for all cases; it is run once."""
-    script = Path(__file__).with_name("dry_run.py")
+SCRIPT = Path(__file__).with_name("dry_run.py")
+
+
+def run(script: Path) -> subprocess.CompletedProcess[str]:
+    """Run a script of the checkout without the interpreter of kernels."""
     options = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = str(script.parents[3])
+    root = str(SCRIPT.parents[3])
     options["PYTHONPATH"] = os.pathsep.join([root, options.get("PYTHONPATH", "")])
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, env=options, cwd=root,
         timeout=900, check=False,
     )  # fmt: skip
+
+
+@functools.cache
+def lines() -> list[dict[str, Any]]:
+    """What the script printed for all cases; it is run once."""
+    done = run(SCRIPT)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
@@ -52,10 +59,9 @@ def test_all_kernels_are_compiled_but_those_that_others_decide_on() -> None:
 
 def test_a_kernel_that_does_not_compile_is_seen(tmp_path: Path) -> None:
     """The script fails where only the compiler does."""
-    script = Path(__file__).with_name("dry_run.py")
     wrong = tmp_path / "wrong.py"
     wrong.write_text(
-        f"import sys; sys.path.insert(0, {str(script.parent)!r})\n"
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
         "import dry_run, torch, triton, triton.language as tl\n"
         "@triton.jit\n"
         "def wrong_kernel(x_ptr, y_ptr, N: tl.constexpr):\n"
@@ -65,10 +71,6 @@ def test_a_kernel_that_does_not_compile_is_seen(tmp_path: Path) -> None:
         "wrong_kernel[(1,)](x, x, N=48)\n",
         encoding="utf-8",
     )
-    options = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    options["PYTHONPATH"] = str(script.parents[3])
-    done = subprocess.run(
-        [sys.executable, str(wrong)], capture_output=True, text=True, env=options, check=False
-    )
+    done = run(wrong)
     assert done.returncode != 0
     assert "power of 2" in done.stderr

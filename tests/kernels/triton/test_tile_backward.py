@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hyperframe.kernels import reference, triton_backend
 from hyperframe.plan import TilePlan
+from tests.kernels.triton.whole_lists import plan_of_whole_lists
 
 pytest.importorskip("triton")
 ON_GPU = torch.cuda.is_available()
@@ -30,25 +31,11 @@ def problem(
 ) -> tuple[list[torch.Tensor], TilePlan]:  # fmt: skip
     """Queries, keys, values, a gradient, and a plan whose lists end with a block."""
     generator = torch.Generator().manual_seed(seed)
-    tiles = -(-queries // tile)
     q, slope = torch.randn((2, 1, heads * group, queries, D), generator=generator)
     k, v = torch.randn((2, 1, heads, keys, D), generator=generator)
-    index = torch.stack([
-        torch.randperm(keys, generator=generator)[:slots] for _ in range(heads * tiles)
-    ]).view(1, heads, tiles, slots)  # fmt: skip
-    weight = torch.randn(index.shape, generator=generator)
-    heavy = slots // 2
-    weight[..., :heavy] = 0.0
-    weight[..., 3] = float("-inf")
-
-    def count(number: int) -> torch.Tensor:
-        return torch.full((1, heads, tiles), number, dtype=torch.int32, device=DEVICE)
-
-    plan = TilePlan(
-        key_index=index.int().to(DEVICE), key_count=count(slots), heavy_count=count(heavy),
-        band=band, band_count=None if band is None else count(slots // 4), tile_size=tile,
-        num_query_heads=heads * group, num_queries=queries, num_keys=keys, is_causal=causal,
-        log_weight=weight.to(DEVICE) if weighted else None, disjoint=True,
+    plan = plan_of_whole_lists(
+        generator, DEVICE, heads=heads, group=group, queries=queries, keys=keys, slots=slots,
+        tile=tile, band=band, weighted=weighted, causal=causal,
     )  # fmt: skip
     # (slopes for which no power of two happens to be 1)
     return [x.to(DEVICE) for x in (q, k, v, slope * 0.01)], plan

@@ -10,6 +10,7 @@ import torch
 
 from hyperframe.kernels import reference, triton_backend
 from hyperframe.plan import TilePlan
+from tests.kernels.triton.whole_lists import plan_of_whole_lists
 
 pytest.importorskip("triton")
 ON_GPU = torch.cuda.is_available()
@@ -26,25 +27,12 @@ def problem(
 ) -> tuple[list[torch.Tensor], TilePlan]:  # fmt: skip
     """Inputs and a plan whose tiles hold a run of keys (banded), other keys, and samples."""
     generator = torch.Generator().manual_seed(seed)
-    heads, tiles = 2, -(-queries // TILE)
+    heads = 2
     q = torch.randn((1, heads * group, queries, D), generator=generator)
     k, v = torch.randn((2, 1, heads, keys, D), generator=generator)
-    index = torch.stack([
-        torch.randperm(keys, generator=generator)[:slots] for _ in range(heads * tiles)
-    ]).view(1, heads, tiles, slots)  # fmt: skip
-    weight = torch.randn(index.shape, generator=generator)
-    heavy = slots // 2
-    weight[..., :heavy] = 0.0
-    weight[..., 3] = float("-inf")
-
-    def count(number: int) -> torch.Tensor:
-        return torch.full((1, heads, tiles), number, dtype=torch.int32, device=DEVICE)
-
-    plan = TilePlan(
-        key_index=index.int().to(DEVICE), key_count=count(slots), heavy_count=count(heavy),
-        band=band, band_count=None if band is None else count(slots // 4), tile_size=TILE,
-        num_query_heads=heads * group, num_queries=queries, num_keys=keys, is_causal=causal,
-        log_weight=weight.to(DEVICE) if weighted else None, disjoint=True,
+    plan = plan_of_whole_lists(
+        generator, DEVICE, heads=heads, group=group, queries=queries, keys=keys, slots=slots,
+        tile=TILE, band=band, weighted=weighted, causal=causal,
     )  # fmt: skip
     return [x.to(DEVICE) for x in (q, k, v)], plan
 
