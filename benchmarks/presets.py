@@ -13,15 +13,15 @@ what the kernels of a forward take.
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hyperframe import HyperAttention
 from hyperframe.benchmarking.accuracy import sampled_error
+from hyperframe.benchmarking.baselines import exact_candidates
 from hyperframe.benchmarking.environment import describe_environment
 from hyperframe.benchmarking.inputs import Shape, make_inputs
 from hyperframe.benchmarking.report import append_rows
@@ -30,20 +30,14 @@ from hyperframe.benchmarking.timing import Candidate, Failure, capture, measure
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def exact(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Return exact causal attention by cuDNN."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-
-
-def calls(attend: Any, inputs: Tensors, *, backward: bool) -> dict[str, Candidate]:
+def calls(attend: Any, context: Any, inputs: Tensors, *, backward: bool) -> dict[str, Candidate]:
     """Return what is timed of one attention: a forward, and forward with backward."""
-    found = {"forward": Candidate(lambda: attend(*inputs))}
+    found = {"forward": Candidate(lambda: attend(*inputs), context)}
     if backward:
         leaves = tuple(x.detach().clone().requires_grad_() for x in inputs)
         gradient = torch.randn_like(inputs[0])
         found["forward + backward"] = Candidate(
-            lambda: torch.autograd.grad(attend(*leaves), leaves, gradient)
+            lambda: torch.autograd.grad(attend(*leaves), leaves, gradient), context
         )
     return found
 
@@ -91,18 +85,24 @@ def rows(
         batch=1, heads=options.heads, kv_heads=options.kv_heads or options.heads, length=length,
         head_dim=head_dim,
     )  # fmt: skip
-    inputs = make_inputs(options.inputs, shape, dtype=torch.bfloat16, device=device, seed=0)
-    captured, graphs, errors = {}, [], {}
-    attentions: dict[str, Any] = {"cudnn": exact}
+    dtype = torch.bfloat16
+    inputs = make_inputs(options.inputs, shape, dtype=dtype, device=device, seed=0)
+    exact = exact_candidates(shape, is_causal=True, dtype=dtype, device=device)["sdpa-cudnn"]
+    if isinstance(exact, Failure):
+        raise SystemExit(exact.reason)
+    attentions: dict[str, tuple[Any, Any]] = {"cudnn": exact}
     for spec in options.spec:
         attention = HyperAttention(detector=spec, num_samples=options.num_samples, min_seq_len=0)
-        attentions[spec] = lambda *x, attention=attention: attention(*x, is_causal=True)
-    for name, attend in attentions.items():
-        out = attend(*inputs)
+        attentions[spec] = (
+            lambda *x, attention=attention: attention(*x, is_causal=True), nullcontext
+        )  # fmt: skip
+    captured, errors = {}, {}
+    for name, (attend, context) in attentions.items():
+        timed = calls(attend, context, inputs, backward=options.backward)
+        out = timed["forward"]()
         errors[name] = sampled_error(*inputs, out, is_causal=True, seed=0)
-        for what, call in calls(attend, inputs, backward=options.backward).items():
-            captured[f"{name}: {what}"], graph = capture(call)
-            graphs.append(graph)
+        for what, call in timed.items():
+            captured[f"{name}: {what}"] = capture(call)
     times = measure(captured, device=device, seconds=options.seconds)
     found = []
     for name in attentions:

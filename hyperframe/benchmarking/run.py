@@ -180,7 +180,7 @@ class _Group:
         if not graphs:
             return
         device = self.settings.device
-        replays, held = {}, []
+        replays = {}
         for entry in timed:
             if device.type != "cuda":
                 entry.not_timed[f"{mode}_graph"] = "CUDA graphs need a CUDA device"
@@ -190,12 +190,9 @@ class _Group:
                     # read when the graph runs, so that every replay could draw anew
                     options["generator"] = torch.tensor(self.settings.seed, device=device)
                 try:
-                    replay, graph = capture(self._candidate(entry, mode, **options))
+                    replays[entry.label] = capture(self._candidate(entry, mode, **options))
                 except Exception as error:
                     entry.fail(f"{mode}_graph", Failure.of(error))
-                else:
-                    replays[entry.label] = replay
-                    held.append(graph)
         self._store(f"{mode}_graph", timed, replays)
 
     def _store(self, mode: str, timed: list[Entry], candidates: Mapping[str, Candidate]) -> None:

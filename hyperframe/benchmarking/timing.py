@@ -156,8 +156,12 @@ def _milliseconds(candidate: Candidate, device: torch.device, buffer: torch.Tens
         return float(begin.elapsed_time(end))
 
 
-def capture(candidate: Candidate) -> tuple[Candidate, torch.cuda.CUDAGraph]:
-    """Capture a call in a CUDA graph; what is returned replays it while the graph lives."""
+def capture(candidate: Candidate) -> Candidate:
+    """Capture a call in a CUDA graph; what is returned replays it.
+
+    It also keeps what the call reads: a graph holds addresses, not tensors, and another capture
+    gives the memory of tensors that nobody names back to the device.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -167,7 +171,16 @@ def capture(candidate: Candidate) -> tuple[Candidate, torch.cuda.CUDAGraph]:
     graph = torch.cuda.CUDAGraph()
     with candidate.context(), torch.cuda.graph(graph):
         candidate.call()
-    return Candidate(graph.replay), graph
+    return Candidate(_Replay(graph, candidate))
+
+
+@dataclass(frozen=True)
+class _Replay:
+    graph: torch.cuda.CUDAGraph
+    candidate: Candidate
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 def peak_bytes(candidate: Candidate, device: torch.device) -> int | None:

@@ -68,12 +68,11 @@ def tile_lists(
         The lists. One launch, O(slots log L) a tile; CUDA only, see `can_lay_out`.
     """
     bounds = [-1, -1, 0] if band is None else list(band)
-    return TileLists(
-        *torch.ops.hyperframe.tile_lists(
-            index, count, sample_index, sample_weight, bounds, tile_size, num_queries, num_keys,
-            offset, is_causal, heads,
-        )
+    keys, weights, counts = torch.ops.hyperframe.tile_lists(
+        index, count, sample_index, sample_weight, bounds, tile_size, num_queries, num_keys, offset,
+        is_causal, heads,
     )  # fmt: skip
+    return TileLists(keys, weights, *counts.unbind())
 
 
 @torch.library.impl("hyperframe::tile_lists", "CUDA")

@@ -12,9 +12,9 @@ WHOLE_BLOCK = 128
 SCHEMA = (
     "(Tensor index, Tensor count, Tensor? sample_index, Tensor? sample_weight, SymInt[] band,"
     " SymInt tile_size, SymInt num_queries, SymInt num_keys, SymInt offset, bool is_causal,"
-    " SymInt heads) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " SymInt heads) -> (Tensor, Tensor, Tensor)"
 )
-"""Lists of a plan laid out by position; see `kernels.layout.tile_lists`."""
+"""Lists of a plan laid out by position, and their three counts; see `kernels.layout.tile_lists`."""
 
 torch.library.define("hyperframe::tile_lists", SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -41,6 +41,6 @@ def _shapes(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     lists = (index.shape[0], heads, index.shape[2])
     slots = num_slots(index, sample_index, band, tile_size, num_keys, is_causal)
-    counts = [torch.empty(lists, dtype=torch.int32, device=index.device) for _ in range(3)]
+    counts = torch.empty((3, *lists), dtype=torch.int32, device=index.device)
     keys = torch.empty((*lists, slots), dtype=torch.int32, device=index.device)
-    return keys, torch.empty_like(keys, dtype=torch.float32), *counts
+    return keys, torch.empty_like(keys, dtype=torch.float32), counts

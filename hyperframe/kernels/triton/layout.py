@@ -113,7 +113,8 @@ def triton_tile_lists(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Do what `hyperframe.kernels.layout.tile_lists` says, with `slots` a list; no host sync.
 
-    Used slots of a list are rounded up to a multiple of `whole`.
+    Used slots of a list are rounded up to a multiple of `whole`. The three counts are one tensor:
+    what an operator returns may not share memory.
     """
     index = index if index.stride(3) == 1 else index.contiguous()
     batch, list_heads, tiles, list_slots = index.shape
@@ -135,4 +136,4 @@ def triton_tile_lists(
             HAS_BAND=left >= 0, STEPS=list_slots.bit_length(), BLOCK=_BLOCK, WHOLE=whole,
             num_warps=4,
         )  # fmt: skip
-    return keys, weights, *counts.unbind()
+    return keys, weights, counts

@@ -26,6 +26,8 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -108,6 +110,32 @@ def pretend() -> None:
             module.can_lay_out = lambda device: True
 
 
+class NothingShared(TorchDispatchMode):
+    """Refuse operators of which a result shares memory with another or with an argument.
+
+    `torch.compile` does, where it sees one run.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run the operator, and look at what it returned."""
+        found = func(*args, **(kwargs or {}))
+        if func.namespace == "hyperframe":
+            given, results = (
+                [id_of(x) for x in tree_leaves(tree) if isinstance(x, torch.Tensor) and x.numel()]
+                for tree in ((args, kwargs), found)
+            )
+            if len({*results}) < len(results) or {*results} & {*given}:
+                raise AssertionError(f"{func}: a result shares memory")
+        return found
+
+
+def id_of(tensor: torch.Tensor) -> int:
+    """Return what tells the memory of tensors apart."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 def attend(
     detector: Any, *, length: int = 2048, dim: int = 64, heads: tuple[int, int] = (2, 2),
     dtype: torch.dtype = torch.bfloat16, is_causal: bool = True, **options: Any,
@@ -177,7 +205,8 @@ def main() -> None:
             torch.manual_seed(0)
             started, error = time.perf_counter(), None
             try:
-                case()
+                with NothingShared():
+                    case()
             except Exception:
                 error = traceback.format_exc()
             seconds = time.perf_counter() - started

@@ -66,9 +66,10 @@ def both(mask: HeavyMask, sample: KeySample | None) -> tuple[Any, Any, bool]:
                 rest["is_causal"],
             )  # fmt: skip
             launches.append(slots)
-            return TileLists(
-                *triton_tile_lists(*tensors, bounds, **rest, slots=slots, whole=WHOLE_BLOCK)
+            keys, weights, counts = triton_tile_lists(
+                *tensors, bounds, **rest, slots=slots, whole=WHOLE_BLOCK
             )
+            return TileLists(keys, weights, *counts.unbind())
 
         patch.setattr(positional, "tile_lists", launched)
         (found,) = build_plans(mask, key_heads=2, draw=draw)
