@@ -137,8 +137,8 @@ def forward_kernel(
     """See the module. `counts` is int32 `[batch, heads, tiles, 3]`: used, exact and banded slots.
 
     The lists of blocks (`ROWS == BLOCKED`) belong to key heads, those of other plans to plan heads.
-    `REST`: only the tiles that `tile_forward_kernel` left; `bits` says which. The plan heads are
-    those from `first_head` on.
+    `REST`: only the tiles that `tile_forward_kernel` left, at once with the running maximum; `bits`
+    says which. The plan heads are those from `first_head` on.
     """
     SPLIT: tl.constexpr = HAS_VALUE_WEIGHT or HAS_CAP or HAS_FLOOR
     # lists of blocks without weights: exact slots, then samples that all weigh the same
@@ -226,7 +226,10 @@ def forward_kernel(
     next_bias = tl.zeros([BLOCK_N], tl.float32)
     if HAS_WEIGHT:
         next_bias = load_weights(weight_ptr + lane * weight_slot, lane, key_count, BLOCK_N, THREADS)
-    for start in range(0, key_count, BLOCK_N):
+    end_of_first = key_count
+    if REST:
+        end_of_first = 0  # where a shift that stays did not do, it would not do now
+    for start in range(0, end_of_first, BLOCK_N):
         slot = start + lane
         bias = next_bias
         k = load_rows(
@@ -293,6 +296,7 @@ def forward_kernel(
             # once more, with a shift that follows the maximum; few slots at a time, so that this
             # takes no more registers than the loop above
             FEW: tl.constexpr = BLOCK_N if BLOCK_N <= 32 else 32
+            AGAIN_STAGES: tl.constexpr = 3 if REST else 1
             few = tl.arange(0, FEW)
             heavy_sum = tl.zeros([BLOCK_M], tl.float32)
             value_top = heavy_sum + float("-inf")
@@ -302,7 +306,7 @@ def forward_kernel(
                 acc = tl.load(out_ptrs, mask=store, other=0.0).to(tl.float32)
                 value_top = old_lse * LOG2_E
                 heavy_sum = tl.where(old_lse == float("-inf"), 0.0, 1.0)
-            for start in tl.range(0, key_count, FEW, num_stages=1):
+            for start in tl.range(0, key_count, FEW, num_stages=AGAIN_STAGES):
                 few_slot = start + few
                 few_key = load_keys(index_ptr, few_slot, key_count, FEW, ONCE)
                 few_key = existing(few_key, first_key, num_rows)

@@ -63,8 +63,10 @@ def survey_kernel(
     last = tl.minimum((tile + 1) * tile_slots, num_queries) - 1 + position_offset
     bits = tl.zeros([1], tl.int64)
     fits = tl.full([1], 1, tl.int32)
-    block = tl.arange(0, 8)
-    for start in range(0, key_count, 8 * BLOCK_N):
+    # a list of 1,024 slots at once: what costs here is waiting
+    BLOCKS: tl.constexpr = 1024 // BLOCK_N
+    block = tl.arange(0, BLOCKS)
+    for start in range(0, key_count, 1024):
         slot = start + block[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         used = slot < key_count
         key = tl.load(index_ptr + slot, mask=used, other=0).to(tl.int32)
