@@ -33,11 +33,13 @@ from .beside import Beside
 from .common import ORDERED
 from .configs import Config, choose, launch, padded
 from .forward import forward_kernel
+from .hopper import hopper_kernel
 from .key_sums import SUMS, HalfSums, fits_half_sums, no_half_sums
 from .lists import delta_kernel
 from .sample_gradients import add_sample_gradients
 from .tile_backward import tile_backward_kernel
 from .tile_forward import survey_kernel, tile_forward_kernel
+from .tile_rest import rest_kernel
 
 __all__ = ["backward", "forward"]
 
@@ -47,6 +49,7 @@ _ORDERED = ORDERED.value
 _FEWEST_ROWS_BY_KEY = 256  # rows of a tile from which keys are worth a kernel of their own
 _PROGRAMS = 2048  # enough to fill a GPU
 _AHEAD = False  # whether weights are loaded a block ahead, for more registers
+_TILES_OF_REST = 4  # of a program, which mostly has nothing to do
 _CHUNK_BYTES = 1 << 30  # of gradients stored by slot
 
 Plan = TilePlan | BlockPlan
@@ -133,15 +136,13 @@ def _forward_plan(
         "o_batch": out.stride(0), "o_head": out.stride(1), "o_row": out.stride(2),
         "first_head": heads.start,
     }  # fmt: skip
-    rest = False
-    if view.is_simple and not merge:
-        rest = _forward_tiles(query, key, value, view, given)
-    given |= {"REST": rest, "bits_ptr": given.get("bits_ptr", query)}
+    if view.is_simple and not merge and _forward_tiles(query, key, value, view, given):
+        return
     launch(
-        forward_kernel, ("forward", merge, rest, *_variant(view, query, value)),
+        forward_kernel, ("forward", merge, *_variant(view, query, value)),
         choose(
-            "merging forward" if merge else "rest forward" if rest else "forward", query, value,
-            view.places, view.list_slots, is_plain=view.is_plain,
+            "merging forward" if merge else "forward", query, value, view.places, view.list_slots,
+            is_plain=view.is_plain,
         ),
         lambda config: (_grid(query, view, config)[0], len(heads), query.shape[0]),
         lambda config: {**given, **config.blocks()},
@@ -152,24 +153,35 @@ def _forward_tiles(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, view: PlanView,
     given: dict[str, Any],
 ) -> bool:  # fmt: skip
-    """Do what the kernel for tiles alone can do, if anything, and add `bits_ptr` to `given`."""
-    config = choose("tile forward", query, value, view.places, view.list_slots, is_plain=True)
+    """Attend by the kernels for tiles alone, if they can; whether they did."""
+    kernel, name = hopper_kernel(query, key, value, view, given), "hopper tiles"
+    if kernel is None:
+        kernel, name = tile_forward_kernel, "tile forward"
+    config = choose(name, query, value, view.places, view.list_slots, is_plain=True)
     if config.block_n > view.list_slots:
         return False
     shape = (query.shape[0], view.plan_heads, view.num_tiles)
-    given["bits_ptr"] = torch.empty(shape, dtype=torch.int64, device=query.device)
+    bits = torch.empty(shape, dtype=torch.int64, device=query.device)
+    given = {**given, "bits_ptr": bits, "TILES": _TILES_OF_REST}
 
     def arguments(kernel: Any, config: Config) -> dict[str, Any]:
         every = {**given, **config.blocks()}
         return {name: every[name] for name in kernel.arg_names}
 
     def run(config: Config) -> dict[str, Any]:
-        survey_kernel[(shape[2], shape[1], shape[0])](**arguments(survey_kernel, config))
-        return arguments(tile_forward_kernel, config)
+        given_survey = arguments(survey_kernel, config)
+        survey_kernel[(shape[2], shape[1], shape[0])](**given_survey, num_warps=1)
+        return arguments(kernel, config)
 
     launch(
-        tile_forward_kernel, ("tile forward", *_variant(view, query, value)), config,
+        kernel, (name, *_variant(view, query, value)), config,
         lambda config: _grid(query, view, config), run,
+    )  # fmt: skip
+    launch(
+        rest_kernel, ("rest forward", *_variant(view, query, value)),
+        choose("rest forward", query, value, view.places, view.list_slots, is_plain=True),
+        lambda config: (-(-shape[2] // _TILES_OF_REST), shape[1], shape[0]),
+        lambda config: arguments(rest_kernel, config),
     )  # fmt: skip
     return True
 

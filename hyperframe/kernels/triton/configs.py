@@ -67,6 +67,8 @@ _MEASURED = {
     ("wide tile forward", 64): Config(64, 128, 4, 2, 168),
     ("wide tile forward", 128): Config(64, 32, 4, 2, 128),
     ("wide tile forward", 256): Config(64, 32, 4, 2),
+    ("hopper tiles", 64): Config(64, 64, 4, 1, 128),
+    ("hopper tiles", 128): Config(64, 64, 4, 1, 168),
     # small, because most of its programs have nothing to do
     ("rest forward", 64): Config(64, 32, 4, 1),
     ("rest forward", 128): Config(64, 32, 4, 1),

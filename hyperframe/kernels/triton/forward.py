@@ -27,7 +27,6 @@ import triton
 import triton.language as tl
 
 from .common import (
-    APART,
     BLOCKED,
     LN_2,
     LOG2_E,
@@ -115,7 +114,7 @@ def exponentials(logits, shift, factor, weight, UNIFORM: tl.constexpr):
 
 @triton.jit(do_not_specialize=[*_SIZES, "position_offset", "first_head"])
 def forward_kernel(
-    bits_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, floored_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, floored_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     o_batch, o_head, o_row, table_ptr, order_ptr, order_batch, order_head,
     index_ptr, index_batch, index_head, index_tile,
@@ -132,13 +131,12 @@ def forward_kernel(
     HAS_WEIGHT: tl.constexpr, HAS_VALUE_WEIGHT: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_FLOOR: tl.constexpr, HAS_BAND: tl.constexpr, IS_CAUSAL: tl.constexpr,
     NUM_EXCLUDED: tl.constexpr, SUMMARIES: tl.constexpr, MERGE: tl.constexpr,
-    PRECISION: tl.constexpr, REST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """See the module. `counts` is int32 `[batch, heads, tiles, 3]`: used, exact and banded slots.
 
     The lists of blocks (`ROWS == BLOCKED`) belong to key heads, those of other plans to plan heads.
-    `REST`: only the tiles that `tile_forward_kernel` left, at once with the running maximum; `bits`
-    says which. The plan heads are those from `first_head` on.
+    The plan heads are those from `first_head` on.
     """
     SPLIT: tl.constexpr = HAS_VALUE_WEIGHT or HAS_CAP or HAS_FLOOR
     # lists of blocks without weights: exact slots, then samples that all weigh the same
@@ -150,10 +148,6 @@ def forward_kernel(
     head = tl.program_id(1) + first_head
     batch = tl.program_id(2).to(tl.int64)
     key_head = head // heads_per_key
-    if REST:
-        bits = tl.load(bits_ptr + (batch * plan_heads + head) * num_tiles + tile)
-        if (bits >> APART) & 1 == 0:
-            return
 
     # ---- the rows
     place = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -226,10 +220,7 @@ def forward_kernel(
     next_bias = tl.zeros([BLOCK_N], tl.float32)
     if HAS_WEIGHT:
         next_bias = load_weights(weight_ptr + lane * weight_slot, lane, key_count, BLOCK_N, THREADS)
-    end_of_first = key_count
-    if REST:
-        end_of_first = 0  # where a shift that stays did not do, it would not do now
-    for start in range(0, end_of_first, BLOCK_N):
+    for start in range(0, key_count, BLOCK_N):
         slot = start + lane
         bias = next_bias
         k = load_rows(
@@ -296,7 +287,6 @@ def forward_kernel(
             # once more, with a shift that follows the maximum; few slots at a time, so that this
             # takes no more registers than the loop above
             FEW: tl.constexpr = BLOCK_N if BLOCK_N <= 32 else 32
-            AGAIN_STAGES: tl.constexpr = 3 if REST else 1
             few = tl.arange(0, FEW)
             heavy_sum = tl.zeros([BLOCK_M], tl.float32)
             value_top = heavy_sum + float("-inf")
@@ -306,7 +296,7 @@ def forward_kernel(
                 acc = tl.load(out_ptrs, mask=store, other=0.0).to(tl.float32)
                 value_top = old_lse * LOG2_E
                 heavy_sum = tl.where(old_lse == float("-inf"), 0.0, 1.0)
-            for start in tl.range(0, key_count, FEW, num_stages=AGAIN_STAGES):
+            for start in tl.range(0, key_count, FEW, num_stages=1):
                 few_slot = start + few
                 few_key = load_keys(index_ptr, few_slot, key_count, FEW, ONCE)
                 few_key = existing(few_key, first_key, num_rows)

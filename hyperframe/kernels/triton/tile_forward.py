@@ -9,8 +9,8 @@ Two things make that safe. `survey_kernel` looks at all lists beforehand and say
 some row might not see some slot: only those get the elementwise test. And a tile that this kernel
 cannot do, or finds that it did not (a key out of range, a list that does not end with a block, rows
 whose sums left the range of the shift, which is the maximum of their first block), has the bit
-`APART` set: `forward_kernel` does such tiles afterwards. Lists that are laid out here end with a
-block, by slots of weight 0 (`tile_lists`).
+`APART` set: `rest_kernel` (`tile_rest`) does such tiles afterwards. Lists that are laid out here
+end with a block, by slots of weight 0 (`tile_lists`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .common import (
 )
 from .forward import finite
 
-__all__ = ["survey_kernel", "tile_forward_kernel"]
+__all__ = ["store_state", "survey_kernel", "tile_forward_kernel"]
 
 _SIZES = ["num_tiles", "tile_slots", "num_queries", "num_keys", "left", "right"]
 
@@ -88,6 +88,25 @@ def survey_kernel(
     tl.store(bits_ptr + flat_tile, tl.max(bits, 0))
 
 
+@triton.jit
+def store_state(
+    out_ptr, lse_ptr, acc, row_sum, shift, batch, query_head, query_heads, row, is_row, num_queries,
+    o_batch, o_head, o_row, dim_v, D_V: tl.constexpr,
+):  # fmt: skip
+    """Write output and log-sum-exp of rows, from sums of exponentials with a shift."""
+    is_empty = row_sum == 0.0
+    row_sum = tl.where(is_empty, 1.0, row_sum)
+    lse = tl.where(is_empty, float("-inf"), (shift + tl.log2(row_sum)) * LN_2)
+    out = acc * (1.0 / row_sum)[:, None]
+    flat_row = (batch * query_heads + query_head) * num_queries + row
+    o_offset = batch * o_batch + query_head.to(tl.int64) * o_head + row.to(tl.int64) * o_row
+    tl.store(lse_ptr + flat_row, lse, mask=is_row)
+    tl.store(
+        out_ptr + o_offset[:, None] + dim_v[None, :], out.to(out_ptr.dtype.element_ty),
+        mask=is_row[:, None] & (dim_v < D_V)[None, :],
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=[*_SIZES, "position_offset"])
 def tile_forward_kernel(
     bits_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
@@ -130,7 +149,6 @@ def tile_forward_kernel(
         place // GROUP, tile, tile_slots, index_ptr, index_ptr, num_queries, CONSECUTIVE
     )
     query_head = head * GROUP + place % GROUP
-    flat_row = (batch * query_heads + query_head) * num_queries + row
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_DV)
     q = load_places(
@@ -184,14 +202,7 @@ def tile_forward_kernel(
         # other programs of the tile may miss what they have to test: it is done again anyway
         tl.store(bits_ptr + flat_tile, tl.full([], 1, tl.int64) << APART)
 
-    # ---- the state of these rows
-    is_empty = row_sum == 0.0
-    row_sum = tl.where(is_empty, 1.0, row_sum)
-    lse = tl.where(is_empty, float("-inf"), (shift + tl.log2(row_sum)) * LN_2)
-    out = acc * (1.0 / row_sum)[:, None]
-    o_offset = batch * o_batch + query_head.to(tl.int64) * o_head + row.to(tl.int64) * o_row
-    out_ptrs = out_ptr + o_offset[:, None] + dim_v[None, :]
-    tl.store(lse_ptr + flat_row, lse, mask=is_row)
-    tl.store(
-        out_ptrs, out.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & (dim_v < D_V)[None, :]
-    )
+    store_state(
+        out_ptr, lse_ptr, acc, row_sum, shift, batch, query_head, query_heads, row, is_row,
+        num_queries, o_batch, o_head, o_row, dim_v, D_V,
+    )  # fmt: skip
