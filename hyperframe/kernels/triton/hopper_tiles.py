@@ -45,11 +45,12 @@ def rows_of(tile, place, tile_slots, num_queries, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def gather(buffer, ptr, key, stride, dim, WIDE: gl.constexpr):
-    """Start to copy rows into a buffer, as a group of its own."""
-    if WIDE:
-        key = key.to(gl.int64)
-    async_copy.async_copy_global_to_shared(buffer, ptr + (key[:, None] * stride + dim[None, :]))
+def gather(buffer, ptr, key, stride, dim, skip, WIDE: gl.constexpr):
+    """Start to copy rows into a buffer, unless they are skipped; a group of its own in any case."""
+    if skip == 0:
+        if WIDE:
+            key = key.to(gl.int64)
+        async_copy.async_copy_global_to_shared(buffer, ptr + (key[:, None] * stride + dim[None, :]))
     async_copy.commit_group()
 
 
@@ -130,10 +131,11 @@ def hopper_tiles_kernel(
     place = first_place + gl.arange(0, BLOCK_M, gl.SliceLayout(1, GATHERED))
     row, _ = rows_of(tile, place, tile_slots, num_queries, GROUP)
     query_head = (head * GROUP + place % GROUP).to(gl.int64)
-    gather(q, q_ptr + batch * q_batch, query_head * q_head + row.to(gl.int64) * q_row, 1, dim, True)
+    q_offset = query_head * q_head + row.to(gl.int64) * q_row
+    gather(q, q_ptr + batch * q_batch, q_offset, 1, dim, False, True)
     key = gl.where(key_count > 0, key, 0)  # a tile that is left may list keys that do not exist
-    gather(k, k_ptr, key, k_row, dim, WIDE)
-    gather(v.index(0), v_ptr, key, v_row, dim, WIDE)
+    gather(k, k_ptr, key, k_row, dim, False, WIDE)
+    gather(v.index(0), v_ptr, key, v_row, dim, False, WIDE)
     last = gl.maximum(key_count - BLOCK_N, 0)
     next_key = gl.load(index_ptr + gl.minimum(BLOCK_N, last) + lane).to(gl.int32)
     next_key = gl.where(key_count > 0, next_key, 0)
@@ -157,8 +159,9 @@ def hopper_tiles_kernel(
         scores, acc = warpgroup_mma_wait(0, deps=[scores, acc])
         acc = warpgroup_mma_init(acc)
         barrier()
-        gather(k, k_ptr, next_key, k_row, dim, WIDE)
-        gather(v.index(turn ^ 1), v_ptr, next_key, v_row, dim, WIDE)
+        is_last = start + BLOCK_N >= key_count
+        gather(k, k_ptr, next_key, k_row, dim, is_last, WIDE)
+        gather(v.index(turn ^ 1), v_ptr, next_key, v_row, dim, is_last, WIDE)
         later = gl.minimum(start + 2 * BLOCK_N, last)
         next_key = gl.load((index_ptr + later) + lane).to(gl.int32)
 
