@@ -42,16 +42,16 @@ def calls(attend: Any, context: Any, inputs: Tensors, *, backward: bool) -> dict
     return found
 
 
-def profile(call: Candidate) -> str:
-    """Return the kernels of a call, the longest first, in milliseconds."""
+def kernels_of(call: Candidate) -> dict[str, float]:
+    """Return the milliseconds of the kernels of a call, the longest first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         call()
         torch.cuda.synchronize()
     kernels = sorted(found.key_averages(), key=lambda row: -row.device_time_total)
-    return "; ".join(
-        f"{row.key.partition('(')[0][-40:]} {row.device_time_total / 1000:.3f} ({row.count})"
+    return {
+        f"{row.key.partition('(')[0][-40:]} ({row.count})": row.device_time_total / 1000
         for row in kernels[:24] if row.device_time_total > 8
-    )  # fmt: skip
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -124,7 +124,8 @@ def rows(
             line += f"; {what} {time.median_ms:.3f} ms ({base.median_ms / time.median_ms:.1f}x)"
         print(line, flush=True)
         if options.profile:
-            print("   ", profile(captured[f"{name}: forward"]), flush=True)
+            row["kernels"] = kernels_of(captured[f"{name}: forward"])
+            print("   ", "; ".join(f"{k} {ms:.3f}" for k, ms in row["kernels"].items()), flush=True)
         found.append(row)
     return found
 
