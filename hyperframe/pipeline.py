@@ -53,7 +53,7 @@ What `min_seq_len=None` means for a whole call. Those of the torch backend are f
 `benchmarks/crossover.py` (the causal one on a GPU lies beyond the measured lengths), those of the
 Triton backend from `hyperframe bench --suite short`, for calls that launch one by one; measured
 with `sort_lsh` (a detector may have a `break_even` of its own). Captured in
-a CUDA graph they win from 4,096 and 8,192 keys on (`min_seq_len=0`).
+a CUDA graph they win from 2,048 and 8,192 keys on (`min_seq_len=0`).
 """
 
 DEFAULT_LEAF = 2048

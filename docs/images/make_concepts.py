@@ -141,10 +141,8 @@ def draw_rows() -> None:
         low, high = (sums.quantile(q, dim=0) / exact for q in (0.1, 0.9))
         axis.fill_between(range(LENGTH), low, high, color=colour, alpha=0.8, linewidth=0,
                           label=f"and {count} sampled columns (8 draws of 10)")  # fmt: skip
-    axis.set(xlabel="row", ylabel="D~ / D", xlim=(0, LENGTH - 1))
+    axis.set(xlabel="row", ylabel="row sums, estimated / exact", xlim=(0, LENGTH - 1))
     axis.legend(fontsize=8, loc="lower right", ncols=3, bbox_to_anchor=(1, 1), frameon=False)
-    axis.set_title("row sums, estimated / exact", fontsize=10,
-                   loc="left")  # fmt: skip
     _save(figure, "rows")
 
 

@@ -176,6 +176,10 @@ def draw(rows: Sequence[Row], specs: Sequence[str]) -> Any:
             axis.imshow(paint.numpy(), **scale)
             title = f"{panel_title(row['spec'])}\n{_numbers(rows, row['spec'])}"
         axis.set_title(title, fontsize=7)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("query", fontsize=7)
+    for axis in axes[-1]:
+        axis.set_xlabel("key", fontsize=7)
     return drawn
 
 

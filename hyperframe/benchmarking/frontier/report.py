@@ -163,12 +163,15 @@ def check_plotting() -> None:
     require("matplotlib", extra="plot", command="frontier")
 
 
+_STRONG = ("red", "blue", "black")  # of the presets, which every other detector is compared with
+
+
 def plot_frontier(path: Path, rows: Sequence[Row]) -> None:
     """Draw median error against keys of a query, both logarithmic, and write the picture.
 
     One panel for each problem, one line for each detector and sampler: detectors differ in colour,
-    samplers in marks and dashes. Yardsticks are grey, and the Pareto front is a wide light line
-    behind the others.
+    samplers in marks and dashes. Yardsticks are grey, presets of `auto` large, and the Pareto front
+    is a wide light line behind the others.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -184,6 +187,7 @@ def plot_frontier(path: Path, rows: Sequence[Row]) -> None:
         layout="constrained",
     )  # fmt: skip
     names = list(dict.fromkeys(row["detector"] for row in rows))
+    defaults = [name for name in names if name.partition("(")[0] == "auto"]
     samplers = list(dict.fromkeys(row["sampler"] for row in rows))
     colours = pyplot.get_cmap("tab20")
     styles = {
@@ -207,10 +211,15 @@ def plot_frontier(path: Path, rows: Sequence[Row]) -> None:
         for (detector, sampler), points in lines.items():
             points.sort(key=_keys)
             number = names.index(detector)
-            colour = "0.3" if detector in YARDSTICKS else colours((2 * number + number // 10) % 20)
+            look = {"color": colours((2 * number + number // 10) % 20), "markersize": 4}
+            if detector in YARDSTICKS:
+                look["color"] = "0.3"
+            elif detector in defaults:
+                strong = _STRONG[defaults.index(detector) % len(_STRONG)]
+                look = {"color": strong, "markersize": 9, "markeredgecolor": "black", "zorder": 3}
             (drawn,) = panel.plot(
                 [_keys(row) for row in points], [row["error"]["median"] for row in points],
-                markersize=4, color=colour, **styles[sampler],
+                **look, **styles[sampler],
             )  # fmt: skip
             handles.setdefault(_shown(detector), drawn)
         panel.set(
