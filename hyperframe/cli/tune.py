@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -132,14 +133,15 @@ def _tuned(
         for number, (name, windows) in enumerate(others.items()):
             progress(number, len(others), f"held out: {name}")
             increases[name] = increase_on(language, tuned.policy, windows)
+    shown = {
+        name: {"percent": found.percent, "standard_error": found.percent_error}
+        for name, found in increases.items()
+    }
+    policy = dataclasses.replace(tuned.policy, info={**tuned.policy.info, "held_out": shown})
     beside = out.with_name(out.name + ".part")  # a file that is there is a whole one
-    tuned.policy.save(beside)
+    policy.save(beside)
     beside.replace(out)
     if as_json:
-        shown = {
-            name: {"percent": found.percent, "standard_error": found.percent_error}
-            for name, found in increases.items()
-        }
         echo_json({"out": str(out), **tuned.to_dict(), "held_out": shown})
     else:
         print_tuned(tuned, held_out=increases)

@@ -81,6 +81,7 @@ def test_policy_keeps_the_limit_and_is_what_apply_reads(
     policy = Policy.load(out)
     assert policy.model == str(folder / "llama")
     assert policy.info["tuned"]["texts"] == ["text.txt"]
+    assert policy.info["held_out"] == found["held_out"]
     model = LlamaForCausalLM.from_pretrained(folder / "llama").eval()
     with apply(model, policy=out) as applied:
         assert applied.layers == (1, 2)
