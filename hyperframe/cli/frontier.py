@@ -18,6 +18,8 @@ __all__ = ["EXAMPLES", "frontier"]
 
 EXAMPLES = """Examples:
 
+hyperframe frontier
+
 hyperframe frontier heads.safetensors
 
 hyperframe frontier heads.safetensors --detector quest --detector tile_oracle --budget 128,256
@@ -27,11 +29,16 @@ hyperframe frontier heads.safetensors --causal recursive --out rows.jsonl --plot
 hyperframe frontier heads.safetensors --detector 'quest(block_size=32)' --strict --json"""
 
 
+SMOLLM2 = Path("heads-smollm2.safetensors")
+LENGTH = 8192
+
+
 # Optional[...] and not `| None`: typer reads these annotations on Python 3.10 too
 def frontier(
-    files: Annotated[list[Path], typer.Argument(
-        metavar="HEADS...", help="Files of captured heads (hyperframe.integrations.capture.save).",
-        show_default=False)],
+    files: Annotated[Optional[list[Path]], typer.Argument(  # noqa: UP045
+        metavar="[HEADS...]", help="Files of captured heads, as hyperframe capture writes them. "
+        f"Unless given, five layers of SmolLM2 that read {LENGTH:,} tokens, captured once into "
+        f"{SMOLLM2}.", show_default=False)] = None,
     detector: Annotated[Optional[list[str]], typer.Option(  # noqa: UP045
         help="A name or spec such as 'quest(block_size=32)', 'none' (the window alone) or "
         "'tile_oracle'; may be repeated. All registered ones for which a budget makes sense.")]
@@ -80,18 +87,18 @@ def frontier(
     """
     from ..benchmarking import frontier as library
 
-    settings = library.FrontierSettings(
-        files=files, detectors=detector, samplers=sampler or ["uniform"],
-        budgets=integers("--budget", budget) or (), num_samples=num_samples, causal=causal,
-        strict=strict, window=window, sinks=sinks, tile_size=tile_size, min_seq_len=min_seq_len,
-        heads=heads, lengths=integers("--lengths", lengths), device=device_of(device),
-        backend=backend, seed=seed, oracle=oracle, repeats=repeats,
-    )  # fmt: skip
     if out is not None:
         check_out(out)
     if plot is not None:
         check_plot(plot)
         library.check_plotting()
+    settings = library.FrontierSettings(
+        files=files or [smollm2_heads()], detectors=detector, samplers=sampler or ["uniform"],
+        budgets=integers("--budget", budget) or (), num_samples=num_samples, causal=causal,
+        strict=strict, window=window, sinks=sinks, tile_size=tile_size, min_seq_len=min_seq_len,
+        heads=heads, lengths=integers("--lengths", lengths), device=device_of(device),
+        backend=backend, seed=seed, oracle=oracle, repeats=repeats,
+    )  # fmt: skip
     rows: list[dict[str, Any]] = []
     is_whole = False
     with contextlib.suppress(KeyboardInterrupt):
@@ -109,3 +116,22 @@ def frontier(
         typer.echo(f"interrupted after {len(rows)} rows", err=True)
         raise typer.Exit(ExitCode.INTERRUPTED)
     fail_if_nothing(rows)
+
+
+def smollm2_heads() -> Path:
+    """Return the file of heads that is measured by default; captures it where it is not there."""
+    if not SMOLLM2.exists():
+        from pydoc_data.topics import topics
+
+        from ..integrations import capture as library
+        from ..integrations.capture_model import capture_model
+
+        typer.echo(f"no HEADS: capturing those of SmolLM2 -> {SMOLLM2}", err=True)
+        text = "\n\n".join(topics[name] for name in sorted(topics))
+        found, about = capture_model(
+            "smollm2", text=text, layers=(1, 8, 15, 22, 29), length=LENGTH
+        )  # fmt: skip
+        beside = SMOLLM2.with_name(SMOLLM2.name + ".part")  # a file that is there is a whole one
+        library.save(beside, found, about=about | {"input": "Python's documentation"})
+        beside.replace(SMOLLM2)
+    return SMOLLM2

@@ -26,7 +26,8 @@ def kind_of(config: Any) -> str:
     """
     name = type(config).__name__
     known = sorted(getattr(config, "sub_configs", {}))
-    parts = [part for part in known if getattr(config, part, None) is not None]
+    # a part that has layers is a model; others hold options, of attention for example
+    parts = [part for part in known if hasattr(getattr(config, part, None), "num_hidden_layers")]
     if getattr(config, "is_encoder_decoder", False):
         parts = ["encoder", "decoder"]
     if parts:

@@ -85,6 +85,12 @@ def load_part(kind: str, name: str, *, gguf: str | None = None, **options: Any) 
     folder, file = find_model(name, gguf)
     if file is not None:
         options["gguf_file"] = file
+        if kind.startswith("AutoModel") and importlib.util.find_spec("accelerate") is None:
+            # without it transformers fails while it loads, as with a damaged file
+            raise MissingDependencyError(
+                f"{name}: reading weights from a GGUF file needs accelerate; "
+                "pip install 'hyperframe-attention[hf]'"
+            )
     what = kind.removeprefix("Auto").lower() if kind == "AutoTokenizer" else "model"
     # the conversion of a GGUF file draws a bar of its own
     with reading(name, what), contextlib.redirect_stderr(io.StringIO()):

@@ -171,8 +171,10 @@ def test_ctrl_c_anywhere_is_one_line_and_code_130(
 # ----------------------------------------------------------------------------- a real SIGINT
 
 
-def interrupted(arguments: list[str], out: Path) -> subprocess.CompletedProcess[str]:
-    """Start the program, send SIGINT as soon as a row is in the file, and wait for the end."""
+def interrupted(
+    arguments: list[str], out: Path, *, rows: int = 1
+) -> subprocess.CompletedProcess[str]:
+    """Start the program, send SIGINT as soon as rows are in the file, and wait for the end."""
     child = subprocess.Popen(
         [sys.executable, "-m", "hyperframe_attention", *arguments], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -181,7 +183,7 @@ def interrupted(arguments: list[str], out: Path) -> subprocess.CompletedProcess[
     )  # fmt: skip
     limit = time.monotonic() + 120
     while child.poll() is None and time.monotonic() < limit:
-        if out.exists() and out.stat().st_size:
+        if out.exists() and len(out.read_text().splitlines()) >= rows:
             break
         time.sleep(0.01)
     for _ in range(5):
@@ -244,7 +246,7 @@ def test_an_interrupted_bench_has_whole_rows_and_prints_what_it_measured(tmp_pat
         "--no-stages", "--budget-seconds", "0.001", "--spec", "strided(num_keys=16)",
         "--lengths", lengths, "--out", str(out),
     ]  # fmt: skip
-    done = interrupted(arguments, out)
+    done = interrupted(arguments, out, rows=3)  # exact ones come first
     assert done.returncode == ExitCode.INTERRUPTED, done.stderr
     assert "Traceback" not in done.stderr
     rows = rows_of(out)

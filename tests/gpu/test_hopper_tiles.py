@@ -96,6 +96,18 @@ def test_lists_that_do_not_end_with_a_block_are_left(launches: list[str]) -> Non
     assert_exact(inputs, plan, found)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_of_other_types_go_to_the_other_kernel(
+    dtype: torch.dtype, launches: list[str]
+) -> None:
+    inputs, plan = large()
+    assert plan.log_weight is not None
+    plan = replace(plan, log_weight=plan.log_weight.to(dtype))
+    found, _ = run(inputs, plan)
+    assert "hopper tiles" not in launches
+    assert_exact(inputs, plan, found)
+
+
 def test_keys_out_of_range_are_not_read(launches: list[str]) -> None:
     inputs, plan = large()
     wrong = plan.key_index.clone()

@@ -49,7 +49,7 @@ _ORDERED = ORDERED.value
 _FEWEST_ROWS_BY_KEY = 256  # rows of a tile from which keys are worth a kernel of their own
 _PROGRAMS = 2048  # enough to fill a GPU
 _AHEAD = False  # whether weights are loaded a block ahead, for more registers
-_TILES_OF_REST = 4  # of a program, which mostly has nothing to do
+_TILES_OF_REST = 32  # of a program, which mostly has nothing to do
 _CHUNK_BYTES = 1 << 30  # of gradients stored by slot
 
 Plan = TilePlan | BlockPlan

@@ -42,6 +42,7 @@ def hopper_kernel(
         and value.shape[-1] == width
         and view.places >= _FEWEST_ROWS
         and view.list_slots >= _FEWEST_SLOTS
+        and (not view.variant["HAS_WEIGHT"] or view.lists["weight_ptr"].dtype == torch.float32)
     )
     return _kernel(query.device) if fits and _is_aligned((query, key, value), given) else None
 

@@ -1,14 +1,15 @@
 """The forward kernel of tiles with whole lists for Hopper, scheduled by hand.
 
 What `tile_forward_kernel` computes, for heads of 64 or 128 in 16 bits. There the compiler decides
-when rows are gathered; here the kernel says so, in Gluon. The keys of the next block are gathered
-as soon as the products with those of this one are done, and its values at the same time, into a
-second buffer: so one buffer of keys and two of values are enough to gather half a block ahead, and
-three programs with blocks of 64 keys fit on a multiprocessor. Per key that is a third fewer
-instructions than with blocks of 32, and brings the gathers near what the L2 cache can give.
+when rows are gathered; here the kernel says so, in Gluon. The values of the next block are gathered
+as soon as the products with those of the last one are done, into the other of two buffers, and its
+keys as soon as the scores of this one are: so something is on its way at any time, and three
+programs with blocks of 64 keys fit on a multiprocessor. Per key that is a third fewer instructions
+than with blocks of 32, and brings the gathers near what the L2 cache can give. Weights come the
+same way, because a fence waits for loads that are under way.
 
 Fences: rows that `cp.async` wrote are read by the matrix unit, which sees memory through another
-proxy. Barrier: a buffer may be written again when all warps have waited for their products.
+proxy. Barriers: a buffer may be written again when all warps have waited for their products.
 """
 
 from __future__ import annotations
@@ -55,6 +56,13 @@ def gather(buffer, ptr, key, stride, dim, skip, WIDE: gl.constexpr):
 
 
 @gluon.jit
+def of_threads(weights):
+    """Return sums over what a thread holds of each row; adding up threads can wait for the end."""
+    parts = gl.reshape(weights, [weights.shape[0], weights.shape[1] // 8, 4, 2])
+    return gl.sum(gl.sum(parts, 3), 1)
+
+
+@gluon.jit
 def hide_unseen(
     logits, position, index_ptr, slot, heavy_count, band_count, left, right,
     HAS_BAND: gl.constexpr, IS_CAUSAL: gl.constexpr,
@@ -98,6 +106,8 @@ def hopper_tiles_kernel(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
     HELD: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     dtype: gl.constexpr = k_ptr.dtype.element_ty
 
     blocks = (tile_slots * GROUP + BLOCK_M - 1) // BLOCK_M
@@ -128,12 +138,16 @@ def hopper_tiles_kernel(
     q = gl.allocate_shared_memory(dtype, [BLOCK_M, D], HELD)
     k = gl.allocate_shared_memory(dtype, [BLOCK_N, D], HELD)
     v = gl.allocate_shared_memory(dtype, [2, BLOCK_N, D], HELD)
+    w = gl.allocate_shared_memory(gl.float32, [2, BLOCK_N], FLAT)
+    weight_ptr += gl.arange(0, BLOCK_N, LINE)
     place = first_place + gl.arange(0, BLOCK_M, gl.SliceLayout(1, GATHERED))
     row, _ = rows_of(tile, place, tile_slots, num_queries, GROUP)
     query_head = (head * GROUP + place % GROUP).to(gl.int64)
     q_offset = query_head * q_head + row.to(gl.int64) * q_row
     gather(q, q_ptr + batch * q_batch, q_offset, 1, dim, False, True)
     key = gl.where(key_count > 0, key, 0)  # a tile that is left may list keys that do not exist
+    if HAS_WEIGHT:
+        async_copy.async_copy_global_to_shared(w.index(0), weight_ptr)
     gather(k, k_ptr, key, k_row, dim, False, WIDE)
     gather(v.index(0), v_ptr, key, v_row, dim, False, WIDE)
     last = gl.maximum(key_count - BLOCK_N, 0)
@@ -145,23 +159,28 @@ def hopper_tiles_kernel(
     position = tile * tile_slots + place_s // GROUP + position_offset
     column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
     shift = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, SCORES))
-    row_sum = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, SCORES))
     nothing = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORES)
+    row_sum = of_threads(nothing)
     acc = warpgroup_mma_init(gl.zeros([BLOCK_M, D], gl.float32, OUT))
     turn = 0
     for start in range(0, key_count, BLOCK_N):
-        bias = gl.zeros([BLOCK_N], gl.float32, gl.SliceLayout(0, SCORES))
-        if HAS_WEIGHT:
-            bias = gl.load((weight_ptr + start) + column).to(gl.float32)
-        async_copy.wait_group(1)  # for the keys of this block
-        fence_async_shared()
-        scores = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        scores, acc = warpgroup_mma_wait(0, deps=[scores, acc])
+        is_last = start + BLOCK_N >= key_count
+        acc = warpgroup_mma_wait(0, deps=[acc])  # those of the last block
         acc = warpgroup_mma_init(acc)
         barrier()
-        is_last = start + BLOCK_N >= key_count
-        gather(k, k_ptr, next_key, k_row, dim, is_last, WIDE)
+        if HAS_WEIGHT:
+            following = weight_ptr + gl.minimum(start + BLOCK_N, last)
+            async_copy.async_copy_global_to_shared(w.index(turn ^ 1), following)
         gather(v.index(turn ^ 1), v_ptr, next_key, v_row, dim, is_last, WIDE)
+        async_copy.wait_group(1)  # for the keys, values and weights of this block
+        bias = gl.zeros([BLOCK_N], gl.float32, gl.SliceLayout(0, SCORES))
+        if HAS_WEIGHT:
+            bias = w.index(turn).load(gl.SliceLayout(0, SCORES))
+        fence_async_shared()
+        scores = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        barrier()
+        gather(k, k_ptr, next_key, k_row, dim, is_last, WIDE)
         later = gl.minimum(start + 2 * BLOCK_N, last)
         next_key = gl.load((index_ptr + later) + lane).to(gl.int32)
 
@@ -175,10 +194,8 @@ def hopper_tiles_kernel(
             top = gl.max(logits, 1)
             shift = gl.where(top == float("-inf"), 0.0, top) * LOG2_E
         weights = gl.exp2(logits * LOG2_E - shift[:, None])
-        row_sum += gl.sum(weights, 1)
+        row_sum += of_threads(weights)
         factor = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, OUT, 2))
-        async_copy.wait_group(2)  # for its values
-        fence_async_shared()
         acc = warpgroup_mma(factor, v.index(turn), acc, is_async=True)
         turn ^= 1
     acc = warpgroup_mma_wait(0, deps=[acc])
@@ -187,7 +204,7 @@ def hopper_tiles_kernel(
     # ---- the state of these rows; see `tile_forward_kernel`
     place_o = first_place + gl.arange(0, BLOCK_M, gl.SliceLayout(1, OUT))
     row_o, is_row = rows_of(tile, place_o, tile_slots, num_queries, GROUP)
-    row_sum = gl.convert_layout(row_sum, gl.SliceLayout(1, OUT))
+    row_sum = gl.convert_layout(gl.sum(row_sum, 1), gl.SliceLayout(1, OUT))
     shift = gl.convert_layout(shift, gl.SliceLayout(1, OUT))
     good = (row_sum > 8.7e-19) & (row_sum < 1.2e18) & (gl.sum(acc * 0.0, 1) == 0.0)
     if gl.min((good | (is_row == 0)).to(gl.int32), 0) == 0:
