@@ -145,6 +145,12 @@ class Refined(AbstractDetector):
         begin = spaced(num_tiles, size, offset, device)
         shape = (query.shape[0], query.shape[1], num_tiles)
         tiled = [part.retile(size) for part in lists]
+        kept_whole = list[HeavyMask](bands)
+        problem = problem_of(mask)
+        if mask.is_causal and window.left < size - 1:
+            kept_whole.insert(0, ListMask.own_keys(problem, tile_size=size, device=device))
+        if not lists:  # nothing to choose among
+            return UnionMask.of(*kept_whole)
         with torch.no_grad():
             index = _distinct(tiled, begin, shape, size, window, mask)
             voters, position = query, begin
@@ -169,15 +175,11 @@ class Refined(AbstractDetector):
             chosen, held = best_distinct(
                 index, mass, limit=mask.num_keys, k=max(1, kept), is_sorted=True
             )
-        problem = problem_of(mask)
         found = ListMask(
             **problem, key_index=chosen.clamp(max=max(0, mask.num_keys - 1)), key_count=held,
             tile_size=size, is_ascending=True,
         )  # fmt: skip
-        if mask.is_causal and window.left < size - 1:
-            own = ListMask.own_keys(problem, tile_size=size, device=device)
-            return UnionMask.of(found, own, *bands)
-        return UnionMask.of(found, *bands)
+        return UnionMask.of(found, *kept_whole)
 
     def _parts(self, mask: HeavyMask) -> tuple[list[ListMask], list[BandMask]]:
         parts = [p.to_lists() if isinstance(p, EntryMask) else p for p in mask.parts()]

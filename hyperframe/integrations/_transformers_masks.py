@@ -30,7 +30,7 @@ try:
 except (ImportError, AttributeError) as error:
     raise MissingDependencyError(
         "hyperframe.integrations.transformers needs transformers 5 or later: "
-        "pip install 'hyperframe-attention[hf]'"
+        f"pip install 'hyperframe-attention[hf]' ({type(error).__name__}: {error})"
     ) from error
 
 

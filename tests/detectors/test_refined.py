@@ -248,3 +248,43 @@ def test_no_value_is_read_on_the_way() -> None:
     for mode in ("full", "causal", "strict causal"):
         mask = found(detector, mode, query, key)
         assert mask.device.type == "meta"
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_each_tile_keeps_the_planted_key_that_is_its_own(strict: bool) -> None:
+    """One far key for every tile, among 32 that are candidates of all: one slot is enough."""
+    g = torch.Generator().manual_seed(0)
+    size, tiles = 32, 8
+    direction = torch.eye(16, dtype=torch.float64)
+    query = 0.1 * torch.randn(1, 1, size * tiles, 16, generator=g, dtype=torch.float64)
+    key = 0.1 * torch.randn(1, 1, size * tiles, 16, generator=g, dtype=torch.float64)
+    planted = torch.randperm(size, generator=g)[:tiles]  # in the first tile, before all others
+    for tile, place in enumerate(planted):
+        # the strict form goes by the rows before a tile and its first one
+        rows = slice(max(0, (tile - 1) * size + 1), tile * size + 1) if strict else slice(
+            tile * size, (tile + 1) * size
+        )  # fmt: skip
+        query[0, 0, rows] += 6 * direction[tile]
+        key[0, 0, place] += 6 * direction[tile]
+    columns = ", ".join(f"({block}, 0)" for block in range(tiles))
+    detector = Refined(
+        candidates=f"block_list(blocks=({columns}), block_size={size})", num_keys=1, tile_size=size
+    )
+    dense = found(detector, "causal strict" if strict else "causal", query, key).to_dense()[0, 0]
+    for tile, place in list(enumerate(planted))[1:]:
+        own = dense[tile * size : (tile + 1) * size, :size]
+        assert own[:, place].all()
+        assert int(own.sum()) == size  # nothing else of the candidates before the tile
+
+
+@pytest.mark.parametrize("mode", ["", "causal", "causal strict"])
+@pytest.mark.parametrize("width", [1, 9])
+def test_a_window_alone_leaves_nothing_to_choose(mode: str, width: int) -> None:
+    query, key = tensors()
+    window = SlidingWindow(width=width, num_sinks=3)
+    dense = found(Refined(candidates=window, tile_size=8), mode, query, key).to_dense()
+    held = found(window, mode, query, key).to_dense()
+    if mode:  # and the keys of the own tile
+        row, column = torch.arange(40).unsqueeze(-1), torch.arange(40)
+        held = held | ((row // 8 == column // 8) & (column <= row))
+    assert torch.equal(dense, held.expand_as(dense))
