@@ -34,6 +34,9 @@ class Centroid(AbstractSampler):
     unbiased but too small (by Jensen's inequality, for the keys of a group), and much closer than
     samples where keys come in clusters.
 
+    There is no first-order term. In the sum of weights it is zero by the definition of a mean; in
+    that of values it would be a `d_v x d` matrix for each group, `d` times what a group takes now.
+
     In a single causal pass the keys before a tile are cut into runs of `unit * 2^l` positions, one
     of a size at most; each has leaves of its own, so that no later key moves a row. A tile lists
     `num_samples` leaves in all, at most. It holds its own keys exactly, and those of a window for
