@@ -230,6 +230,11 @@ def test_sums_in_float16_neither_overflow_nor_vanish(
     # all rows see one key, or all keys alike, and all that is added has one sign
     inputs = [q * steep, k, v + offset, (slope.abs() + offset) * 2.0**power]
     exact = exact_gradients(inputs, plan)
-    for part, expected in zip(gradients(inputs, [plan]), exact, strict=True):
+    # of two large numbers that nearly cancel: grad . value, and its mean by the weights of a row
+    largest = [float(x.norm(dim=-1).max()) for x in inputs]
+    rounding = 1e-6 * SCALE * largest[3] * largest[2] * 20**0.5
+    allowed = [rounding * largest[1], rounding * largest[0], 0.0]
+    found = gradients(inputs, [plan])
+    for part, expected, more in zip(found, exact, allowed, strict=True):
         assert part.isfinite().all()
-        assert (part - expected).norm() <= HALF * expected.norm() + 1e-30
+        assert (part - expected).norm() <= HALF * expected.norm() + more + 1e-30
