@@ -145,7 +145,7 @@ class Refined(AbstractDetector):
         begin = spaced(num_tiles, size, offset, device)
         shape = (query.shape[0], query.shape[1], num_tiles)
         tiled = [part.retile(size) for part in lists]
-        kept_whole = list[HeavyMask](bands)
+        kept_whole: list[HeavyMask] = [*bands]
         problem = problem_of(mask)
         if mask.is_causal and window.left < size - 1:
             kept_whole.insert(0, ListMask.own_keys(problem, tile_size=size, device=device))
