@@ -44,8 +44,8 @@ BREAK_EVEN = {
     ("cpu", "torch", True): 8191,
     ("cuda", "torch", False): 65535,
     ("cuda", "torch", True): 262143,
-    ("cuda", "triton", False): 16384,
-    ("cuda", "triton", True): 32768,
+    ("cuda", "triton", False): 16383,
+    ("cuda", "triton", True): 32767,
 }
 """Keys up to which exact attention is the faster one, by (device, backend, is_causal).
 

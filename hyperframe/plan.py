@@ -183,6 +183,24 @@ class TilePlan:
                 f"plan: its {self.key_index.shape[1]} heads are no multiple of the {key.shape[1]} "
                 "key heads; give every key head a list of its own"
             )
+        summary = self.summary_key
+        if summary is not None and (*summary.shape[:2], *summary.shape[3:]) != (
+            *key.shape[:2], key.shape[3],
+        ):  # fmt: skip
+            raise ArgumentError(
+                f"summary_key: expected [batch, key_heads, summaries, d] to match a key of "
+                f"{tuple(key.shape)}, got {tuple(summary.shape)}"
+            )
+        if self.excluded is not None:
+            orders = self.excluded.key_rank.shape[2]
+            of_rows = (*query.shape[:2], orders, self.num_queries)
+            for name, shape in {
+                "key_rank": (*key.shape[:2], orders, self.num_keys),
+                "start": of_rows, "stop": of_rows,
+            }.items():  # fmt: skip
+                given = tuple(getattr(self.excluded, name).shape)
+                if given != shape:
+                    raise ArgumentError(f"excluded.{name}: expected shape {shape}, got {given}")
 
     def validate(self) -> TilePlan:
         """Check the values of the index tensors and return the plan; reads the device.

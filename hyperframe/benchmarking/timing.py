@@ -23,6 +23,7 @@ __all__ = ["Candidate", "Failure", "Timing", "capture", "measure", "peak_bytes"]
 
 _FLUSH_BYTES = 256 << 20  # more than any L2 cache
 _FEWEST, _MOST = 3, 100
+_LONGEST_COMPILATION = 60.0  # seconds: a first call that took longer is slow itself
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,9 @@ def measure(
     buffer = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if flush else None
     for name, candidate in candidates.items():
         try:
-            for _ in range(2 if repeats is None else 1):  # compiles, tunes, fills caches
+            for _ in range(2 if repeats is None else 1):  # the first compiles and fills caches
                 estimate = _milliseconds(candidate, device, buffer)
-                if estimate > 2e3 * seconds:
+                if estimate > 1e3 * max(2 * seconds, _LONGEST_COMPILATION):
                     break
         except Exception as error:
             if isinstance(error, HyperframeError) and not isinstance(error, UnsupportedError):

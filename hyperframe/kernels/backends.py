@@ -141,6 +141,17 @@ def attend_all(
         backend: a name of `BACKENDS`.
         leaf: also attend causally inside consecutive runs of this many rows (`n_q == n_k`).
     """
+    if value.shape[:3] != key.shape[:3] or key.shape[3:] != query.shape[3:]:
+        raise ArgumentError(
+            "attend: expected query [batch, query_heads, n_q, d], key [batch, key_heads, n_k, d] "
+            f"and value [batch, key_heads, n_k, d_v], got {tuple(query.shape)}, "
+            f"{tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    if not query.dtype == key.dtype == value.dtype:
+        raise ArgumentError(
+            f"attend: query, key and value are of one dtype; got {query.dtype}, {key.dtype} and "
+            f"{value.dtype}"
+        )
     for plan in plans:
         plan.check_inputs(query, key)
         if is_debugging():

@@ -64,19 +64,32 @@ def test_slow_functions_are_repeated_less_and_in_turn(clock: Clock) -> None:
 
         return Candidate(run)
 
-    calls = {"endless": call("endless", 1e4), "slow": call("slow", 30), "fast": call("fast", 3)}
+    calls = {"endless": call("endless", 1e5), "slow": call("slow", 30), "fast": call("fast", 3)}
     found = measure(calls, device=CPU, seconds=0.1)
     assert {name: time.repeats for name, time in found.items() if isinstance(time, Timing)} == {
         "endless": 1, "slow": 3, "fast": 33,
     }  # fmt: skip
     assert [time.median_ms for time in found.values() if isinstance(time, Timing)] == pytest.approx(
-        [1e4, 30, 3]
+        [1e5, 30, 3]
     )
     # warm-up: twice each, once what is endless. then the slow ones stand between the fast ones
     assert order[:5] == ["endless", "slow", "slow", "fast", "fast"]
     places = [place for place, name in enumerate(order[5:]) if name == "slow"]
     assert places[0] > 9
     assert places[1] - places[0] > 9
+
+
+def test_what_compiles_at_first_is_repeated_like_others(clock: Clock) -> None:
+    calls = 0
+
+    def compiled() -> None:
+        nonlocal calls
+        calls += 1
+        clock.now += 2e4 if calls == 1 else 5
+
+    found = measure({"compiled": Candidate(compiled)}, device=CPU, seconds=0.1)["compiled"]
+    assert isinstance(found, Timing)
+    assert (found.repeats, found.p90_ms) == (20, pytest.approx(5))
 
 
 def test_context_is_entered_before_the_clock_starts(clock: Clock) -> None:

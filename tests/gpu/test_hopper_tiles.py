@@ -9,9 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from hyperframe.kernels import reference
+from hyperframe.kernels import reference, triton_backend
 from hyperframe.plan import TilePlan
-from tests.kernels.triton.test_tile_forward import CASES, problem, run
+from tests.kernels.triton.test_attention import poison
+from tests.kernels.triton.test_tile_forward import (
+    CASES,
+    problem,
+    run,
+    that_end_anywhere,
+    with_a_key_for_all,
+)
 
 pytestmark = pytest.mark.gpu
 SCALE = 0.25  # of `run`
@@ -54,12 +61,6 @@ def assert_exact(inputs: list[torch.Tensor], plan: TilePlan, found: list[torch.T
     assert errors.norm() <= bits * exact.out.norm()
 
 
-def with_a_key_for_all(plan: TilePlan) -> TilePlan:
-    """Let every row see a key: rows without one are done again."""
-    plan.key_index[..., 100] = torch.where(plan.key_index[..., 100] == 0, 1, 0)
-    return replace(plan, disjoint=False).deduplicated()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("tile", [64, 100, 128])
@@ -68,7 +69,7 @@ def test_whole_lists(
     case: str, tile: int, dim: int, dtype: torch.dtype, launches: list[str]
 ) -> None:
     inputs, plan = large(case, dim=dim, dtype=dtype, tile=tile)
-    plan = with_a_key_for_all(plan)
+    plan = with_a_key_for_all(plan, 100)
     found, left = run(inputs, plan)
     assert "hopper tiles" in launches
     if dtype == torch.bfloat16:  # float16 ends 11 nats above the shift
@@ -84,15 +85,17 @@ def test_lists_of_few_blocks(slots: int, launches: list[str]) -> None:
     assert_exact(inputs, plan, found)
 
 
-def test_lists_that_do_not_end_with_a_block_are_left(launches: list[str]) -> None:
-    inputs, plan = large()
-    count = plan.key_count.clone()
-    count[0, 1, 2] -= 5
-    plan = replace(plan, key_count=count)
-    plan.key_index[0, 1, 2, -5:] = 1 << 30  # not used, not read
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("case", CASES)
+def test_lists_that_do_not_end_with_a_block_are_left(
+    case: str, dim: int, launches: list[str]
+) -> None:
+    inputs, plan = large(case, dim=dim)
+    plan = that_end_anywhere(with_a_key_for_all(plan, 100), 256)
+    plan.key_index[0, 0, 1, -5:] = 1 << 30  # not used, not read
     found, left = run(inputs, plan)
     assert "hopper tiles" in launches
-    assert left == [number == 6 for number in range(8)]
+    assert left == (plan.key_count % 64 != 0).flatten().tolist()
     assert_exact(inputs, plan, found)
 
 
@@ -152,8 +155,11 @@ def test_rows_that_copies_cannot_begin_at_go_to_the_other_kernel(launches: list[
     assert_exact([q, k, v], plan, found)
 
 
-def test_a_kernel_is_as_exact_as_torch(launches: list[str]) -> None:
-    inputs, plan = large(queries=640, keys=640, dim=128)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_a_kernel_is_as_exact_as_torch(case: str, dtype: torch.dtype, launches: list[str]) -> None:
+    inputs, plan = large(case, queries=631, keys=653, dim=128, dtype=dtype)
+    plan = that_end_anywhere(with_a_key_for_all(plan, 100), 256)
     found, _ = run(inputs, plan)
     assert "hopper tiles" in launches
     exact = reference.attend(*(x.double() for x in inputs), plan, scale=SCALE).out
@@ -162,3 +168,28 @@ def test_a_kernel_is_as_exact_as_torch(launches: list[str]) -> None:
     plain = torch_backend.attend(*inputs, plan, scale=SCALE).out
     ours, theirs = ((x.double() - exact).norm() / exact.norm() for x in (found[0], plain))
     assert ours <= 2 * theirs
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("case", CASES)
+def test_all_memory_is_written_before_it_is_read(
+    case: str, dim: int, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by the backward, which adds up in memory of its own."""
+    inputs, plan = large(case, dim=dim)
+    plan = with_a_key_for_all(plan, 100)
+    slope = torch.randn_like(inputs[0])
+    asked_for = poison(monkeypatch)
+    leaves = [x.requires_grad_() for x in inputs]
+    state = triton_backend.attend_all(*leaves, [plan], scale=SCALE)
+    gradients = torch.autograd.grad(state.out, leaves, slope)
+    assert asked_for
+    assert {"hopper tiles", "tile backward"} <= set(launches)
+    monkeypatch.undo()
+    exact_leaves = [x.detach().double().requires_grad_() for x in inputs]
+    exact = reference.attend(*exact_leaves, plan, scale=SCALE)
+    assert_exact(inputs, plan, [state.out.detach(), state.lse.detach()])
+    for found, true in zip(
+        gradients, torch.autograd.grad(exact.out, exact_leaves, slope.double()), strict=True
+    ):
+        assert (found.double() - true).norm() < 0.02 * true.norm()

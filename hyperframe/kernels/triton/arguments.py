@@ -386,7 +386,8 @@ def _tile_view(plan: TilePlan, nothing: torch.Tensor) -> PlanView:
             "index_ptr": index, "exact_slots": 0,
             "weight_ptr": nothing if plan.log_weight is None else plan.log_weight,
             "value_weight_ptr": nothing if plan.value_log_weight is None else plan.value_log_weight,
-            "counts_ptr": torch.stack([count.int() for count in counts], dim=-1),
+            # (no more than there are: nothing is read behind a list)
+            "counts_ptr": torch.stack([count.int() for count in counts], dim=-1).clamp_(max=slots),
             **strides_of(index, LIST), **strides_of(plan.log_weight, WEIGHT),
             **strides_of(plan.value_log_weight, _VALUE_WEIGHT),
         },

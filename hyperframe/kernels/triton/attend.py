@@ -49,7 +49,7 @@ _ORDERED = ORDERED.value
 _FEWEST_ROWS_BY_KEY = 256  # rows of a tile from which keys are worth a kernel of their own
 _PROGRAMS = 2048  # enough to fill a GPU
 _AHEAD = False  # whether weights are loaded a block ahead, for more registers
-_TILES_OF_REST = 32  # of a program, which mostly has nothing to do
+_FEWEST_PROGRAMS = 768  # that fill a GPU if all of them have something to do
 _CHUNK_BYTES = 1 << 30  # of gradients stored by slot
 
 Plan = TilePlan | BlockPlan
@@ -57,8 +57,14 @@ Plan = TilePlan | BlockPlan
 
 def _precision(query: torch.Tensor) -> str:
     """True float32 products unless the user has asked PyTorch for TF32."""
-    asked = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if asked else "ieee"
+    return "tf32" if query.dtype == torch.float32 and _asks_for_tf32() else "ieee"
+
+
+def _asks_for_tf32() -> bool:
+    try:
+        return bool(torch.backends.cuda.matmul.allow_tf32)
+    except RuntimeError:  # asked by the newer name, after which the older one cannot be read
+        return str(torch.backends.cuda.matmul.fp32_precision) == "tf32"
 
 
 def _shape(query: torch.Tensor, value: torch.Tensor) -> dict[str, Any]:
@@ -158,11 +164,14 @@ def _forward_tiles(
     if kernel is None:
         kernel, name = tile_forward_kernel, "tile forward"
     config = choose(name, query, value, view.places, view.list_slots, is_plain=True)
-    if config.block_n > view.list_slots:
+    if view.list_slots % config.block_n:
+        # then not all lists end with a block, and maybe none: many would be left to slower programs
         return False
     shape = (query.shape[0], view.plan_heads, view.num_tiles)
     bits = torch.empty(shape, dtype=torch.int64, device=query.device)
-    given = {**given, "bits_ptr": bits, "TILES": _TILES_OF_REST}
+    # most programs of the rest have nothing to do; but where all have, they have to be enough
+    tiles = 32 if bits.numel() >= 32 * _FEWEST_PROGRAMS else 4
+    given = {**given, "bits_ptr": bits, "TILES": tiles}
 
     def arguments(kernel: Any, config: Config) -> dict[str, Any]:
         every = {**given, **config.blocks()}
@@ -180,7 +189,7 @@ def _forward_tiles(
     launch(
         rest_kernel, ("rest forward", *_variant(view, query, value)),
         choose("rest forward", query, value, view.places, view.list_slots, is_plain=True),
-        lambda config: (-(-shape[2] // _TILES_OF_REST), shape[1], shape[0]),
+        lambda config: (-(-shape[2] // tiles), shape[1], shape[0]),
         lambda config: arguments(rest_kernel, config),
     )  # fmt: skip
     return True

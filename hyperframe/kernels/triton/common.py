@@ -20,9 +20,29 @@ UNUSED: tl.constexpr = tl.constexpr(-0x80000000)  # instead of the key of an unu
 
 APART: tl.constexpr = tl.constexpr(62)  # the bit of tiles that `tile_forward_kernel` cannot do
 
+# sums of weights below which a shift was too large: terms that matter may be lost. Weights that are
+# multiplied in float16 end at 6e-8, and rows that see the keys of their shift sum up to 1 at least
+LEAST_SUM: tl.constexpr = tl.constexpr(8.7e-19)
+LEAST_FLOAT16_SUM: tl.constexpr = tl.constexpr(0.5)
+
 CONSECUTIVE: tl.constexpr = tl.constexpr(0)
 ORDERED: tl.constexpr = tl.constexpr(1)
 BLOCKED: tl.constexpr = tl.constexpr(2)
+
+
+@triton.jit
+def is_within_range(row_sum, acc, DTYPE: tl.constexpr):
+    """Whether a shift that stays was near enough to the largest logit of a row.
+
+    Far from it a sum has lost terms that matter, or overflows; or the products with values do.
+
+    Args:
+        row_sum: float32 `[rows]`, of shifted exponentials.
+        acc: float32 `[rows, d_v]`, of their products with values.
+        DTYPE: in which they are multiplied.
+    """
+    least: tl.constexpr = LEAST_FLOAT16_SUM if tl.float16 == DTYPE else LEAST_SUM
+    return (row_sum > least) & (row_sum < 1.2e18) & (tl.sum(acc * 0.0, 1) == 0.0)
 
 
 @triton.jit

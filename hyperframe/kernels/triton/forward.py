@@ -33,6 +33,7 @@ from .common import (
     blocks_to_test,
     existing,
     is_tested,
+    is_within_range,
     list_of,
     load_keys,
     load_places,
@@ -281,8 +282,7 @@ def forward_kernel(
         next_key = load_keys(index_ptr, slot + 2 * BLOCK_N, key_count, BLOCK_N, ONCE)
 
     if not SPLIT:
-        # far from the shift a sum has lost terms that matter, or overflows; the output too, or NaN
-        good = (heavy_sum > 8.7e-19) & (heavy_sum < 1.2e18) & (tl.sum(acc * 0.0, 1) == 0.0)
+        good = is_within_range(heavy_sum, acc, v_ptr.dtype.element_ty)
         if tl.min((good | (is_row == 0)).to(tl.int32), 0) == 0:
             # once more, with a shift that follows the maximum; few slots at a time, so that this
             # takes no more registers than the loop above

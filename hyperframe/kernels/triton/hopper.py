@@ -38,6 +38,7 @@ def hopper_kernel(
     width = query.shape[-1]
     fits = (
         query.element_size() == 2
+        and query.dtype == key.dtype == value.dtype
         and width in (64, 128)
         and value.shape[-1] == width
         and view.places >= _FEWEST_ROWS

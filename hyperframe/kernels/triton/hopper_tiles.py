@@ -206,7 +206,9 @@ def hopper_tiles_kernel(
     row_o, is_row = rows_of(tile, place_o, tile_slots, num_queries, GROUP)
     row_sum = gl.convert_layout(gl.sum(row_sum, 1), gl.SliceLayout(1, OUT))
     shift = gl.convert_layout(shift, gl.SliceLayout(1, OUT))
-    good = (row_sum > 8.7e-19) & (row_sum < 1.2e18) & (gl.sum(acc * 0.0, 1) == 0.0)
+    # as `common.is_within_range`
+    least: gl.constexpr = 0.5 if dtype == gl.float16 else 8.7e-19
+    good = (row_sum > least) & (row_sum < 1.2e18) & (gl.sum(acc * 0.0, 1) == 0.0)
     if gl.min((good | (is_row == 0)).to(gl.int32), 0) == 0:
         gl.store(bits_ptr + flat_tile, gl.to_tensor(1).to(gl.int64) << APART)
     is_empty = row_sum == 0.0

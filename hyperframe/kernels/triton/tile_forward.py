@@ -23,6 +23,7 @@ from .common import (
     CONSECUTIVE,
     LN_2,
     LOG2_E,
+    is_within_range,
     load_places,
     load_rows,
     seen_positions,
@@ -196,8 +197,7 @@ def tile_forward_kernel(
         )
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
 
-    # far from the shift a sum has lost terms that matter, or overflows; the output too, or NaN
-    good = (row_sum > 8.7e-19) & (row_sum < 1.2e18) & (tl.sum(acc * 0.0, 1) == 0.0)
+    good = is_within_range(row_sum, acc, v_ptr.dtype.element_ty)
     if tl.min((good | (is_row == 0)).to(tl.int32), 0) == 0:
         # other programs of the tile may miss what they have to test: it is done again anyway
         tl.store(bits_ptr + flat_tile, tl.full([], 1, tl.int64) << APART)

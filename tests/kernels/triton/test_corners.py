@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
+from hyperframe import kernels
 from hyperframe.blockplan import BlockPlan
 from hyperframe.errors import ArgumentError
 from hyperframe.kernels import reference, triton_backend
@@ -184,3 +187,57 @@ def test_a_negative_index_is_the_first_key_forward_and_backward(
         found.append([state.out.detach(), state.lse.detach(), *grads])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "ask, answer",
+    [
+        ("pass", False),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", True),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", True),
+        ("torch.backends.fp32_precision = 'tf32'", True),
+        ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", False),
+    ],
+)
+def test_tf32_by_either_of_its_names(ask: str, answer: bool) -> None:
+    """After the newer name was used, PyTorch refuses to read the older one."""
+    if not hasattr(torch.backends, "fp32_precision") and "fp32_precision" in ask:
+        pytest.skip("this PyTorch has the older name alone")
+    code = (
+        f"import torch; {ask}\n"
+        "from hyperframe.kernels.triton.attend import _precision\n"
+        "print(_precision(torch.ones(1)), _precision(torch.ones(1).half()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["tf32" if answer else "ieee", "ieee"]
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_tensors_that_do_not_belong_together_are_refused(backend: str) -> None:
+    """Kernels would read beyond their ends."""
+    q, k, v = inputs()
+    index = torch.arange(8, device=DEVICE).expand(1, 2, 2, 8)
+    count = torch.full((1, 2, 2), 8, device=DEVICE)
+    plan = TilePlan(
+        key_index=index, key_count=count, heavy_count=count, tile_size=10, num_query_heads=4,
+        num_queries=20, num_keys=24, disjoint=True,
+    )  # fmt: skip
+    kernels.attend(q, k, v, plan, scale=0.3, backend=backend)
+    for key, value in ((k, v[:, :, :10]), (k, v[:, :1]), (k[..., :8], v)):
+        with pytest.raises(ArgumentError, match=r"value \[batch, key_heads, n_k, d_v\]"):
+            kernels.attend(q, key, value, plan, scale=0.3, backend=backend)
+    for heads, dim in ((1, 16), (2, 8)):
+        wrong = torch.zeros(1, heads, 4, dim, device=DEVICE)
+        more = replace(plan, summary_key=wrong, summary_value=wrong)
+        with pytest.raises(ArgumentError, match=r"summary_key: expected .* got \(1, "):
+            kernels.attend(q, k, v, more, scale=0.3, backend=backend)
+    ranks = RankRanges(
+        key_rank=torch.zeros(1, 2, 1, 24, device=DEVICE),
+        start=torch.zeros(1, 4, 1, 20, device=DEVICE), stop=torch.zeros(1, 4, 1, 20, device=DEVICE),
+    )  # fmt: skip
+    for name in ("key_rank", "start", "stop"):
+        short = replace(ranks, **{name: getattr(ranks, name)[..., 1:]})
+        with pytest.raises(ArgumentError, match=rf"excluded\.{name}: expected shape"):
+            kernels.attend(q, k, v, replace(plan, excluded=short), scale=0.3, backend=backend)
+    with pytest.raises(ArgumentError, match=r"of one dtype; got .*, .* and torch\.float64"):
+        kernels.attend(q, k, v.double(), plan, scale=0.3, backend=backend)

@@ -96,6 +96,35 @@ def test_rows_that_see_nothing_of_the_first_block(low: float) -> None:
     torch.testing.assert_close(found.lse, expected.lse.float(), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("low", [-10.0, -20.0, -41.0, 9.0])
+@pytest.mark.parametrize("rows", [24, 136])  # for the kernel of short runs, and for the other one
+def test_rows_that_see_nothing_of_the_first_block_in_float16(rows: int, low: float) -> None:
+    """Weights of `e^-10` and less lose digits in float16, or vanish, where the shift is 0."""
+    generator = torch.Generator().manual_seed(0)
+    slots = 512  # whole blocks of any configuration
+    q = torch.randn((1, 2, rows, D), generator=generator) * 0.1
+    k, v = torch.randn((2, 1, 2, slots, D), generator=generator)
+    q[..., 0], k[..., 0] = 1.0, low
+    tensors = [x.to(DEVICE, torch.float16).requires_grad_() for x in (q, k, v)]
+    index = torch.arange(slots, dtype=torch.int32, device=DEVICE).flip(0).expand(1, 2, 1, slots)
+    count = torch.full((1, 2, 1), slots, device=DEVICE)
+    plan = TilePlan(
+        key_index=index, key_count=count, heavy_count=count, tile_size=rows, num_query_heads=2,
+        num_queries=rows, num_keys=slots, disjoint=True, is_causal=True, query_offset=100,
+    )  # fmt: skip
+    found = triton_backend.attend_all(*tensors, [plan], scale=1.0)
+    expected = reference.attend(*tensors, plan, scale=1.0)
+    error = (found.out - expected.out).norm(dim=-1) / expected.out.norm(dim=-1)
+    assert error.max() < 2e-3
+    torch.testing.assert_close(found.lse, expected.lse.float(), rtol=1e-4, atol=1e-3)
+    slope = torch.randn(found.out.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    for one, other in zip(
+        torch.autograd.grad(found.out, tensors, slope.half()),
+        torch.autograd.grad(expected.out, tensors, slope.to(expected.out.dtype)), strict=True,
+    ):  # fmt: skip
+        assert (one - other).norm() < 1e-2 * other.norm()
+
+
 @pytest.mark.parametrize("later", [-400.0, 0.0, 90.0, 400.0])
 def test_a_state_far_from_the_plan_that_joins_it(later: float) -> None:
     q, k, v = steps(0.0, later)

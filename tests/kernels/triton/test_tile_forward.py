@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -38,22 +40,32 @@ def problem(
     return [x.to(DEVICE, dtype) for x in (q, k, v)], plan
 
 
-def run(inputs: list[torch.Tensor], plan: TilePlan) -> tuple[list[torch.Tensor], list[bool]]:
-    """Output, lse, and which tiles of the heads were left to the other kernel."""
+@contextmanager
+def watched_launches() -> Iterator[list[tuple[Any, Any, dict[str, Any]]]]:
+    """List kernels, what they are compiled for, and their arguments."""
     from hyperframe.kernels.triton import attend
 
-    left: list[torch.Tensor] = []
+    seen: list[tuple[Any, Any, dict[str, Any]]] = []
     launch = attend.launch
 
     def watched(kernel: Any, key: Any, config: Any, programs: Any, arguments: Any) -> Any:
-        if kernel is attend.rest_kernel:
-            given = arguments(config)
-            left.append((given["bits_ptr"] >> 62) & 1)
+        seen.append((kernel, key, arguments(config)))
         return launch(kernel, key, config, programs, arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attend, "launch", watched)
+        yield seen
+
+
+def run(inputs: list[torch.Tensor], plan: TilePlan) -> tuple[list[torch.Tensor], list[bool]]:
+    """Output, lse, and which tiles of the heads were left to the other kernel."""
+    from hyperframe.kernels.triton import attend
+
+    with watched_launches() as seen:
         out, lse, _ = attend.forward(*inputs, [plan], None, 0.25)
+    left = [
+        (given["bits_ptr"] >> 62) & 1 for kernel, _, given in seen if kernel is attend.rest_kernel
+    ]
     (apart,) = left
     return [out, lse], apart.flatten().bool().tolist()
 
@@ -80,22 +92,57 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_whole_lists_are_done_here(case: str) -> None:
     inputs, plan = problem(**CASES[case])
-    # every row sees something of the first block: nothing has to be done again
-    plan.key_index[..., 20] = torch.where(plan.key_index[..., 20] == 0, 1, 0)
-    plan = replace(plan, disjoint=False).deduplicated()
+    plan = with_a_key_for_all(plan, 20)
     found, left = run(inputs, plan)
     assert not any(left)
     assert_exact(inputs, plan, found)
 
 
-def test_lists_that_do_not_end_with_a_block_are_left() -> None:
-    inputs, plan = problem(causal=False)
-    count = plan.key_count.clone()
-    count[0, 1, 2] -= 5
-    plan = replace(plan, key_count=count)
-    plan.key_index[0, 1, 2, -5:] = 1 << 30  # not used, not read
+def that_end_anywhere(plan: TilePlan, slots: int) -> TilePlan:
+    """Cut the tensors to so many slots, and each list where it likes; behind it, nothing is so."""
+    generator = torch.Generator().manual_seed(2)
+    heavy = int(plan.heavy_count[0, 0, 0])
+    shape = plan.key_count.shape
+    count = torch.randint(heavy, slots + 1, shape, generator=generator).to(DEVICE)
+    # at the end of a block, behind it, and before and at the end of the tensor
+    count.view(-1)[:4] = torch.tensor([heavy, heavy + 1, slots - 1, slots], device=DEVICE)
+    index, weight = plan.key_index[..., :slots].clone(), plan.log_weight
+    if weight is not None:
+        used = torch.arange(slots, device=DEVICE) < count[..., None]
+        weight = torch.where(used, weight[..., :slots], float("nan"))
+    return replace(plan, key_index=index, key_count=count, log_weight=weight)
+
+
+def with_a_key_for_all(plan: TilePlan, slot: int) -> TilePlan:
+    """Let every row see a key, in that slot: sums stay near the shift, and are not done again."""
+    first = torch.where(plan.key_index[..., slot] == 0, 1, 0)
+    index = plan.key_index.clone()
+    index[..., slot] = first
+    return replace(plan, key_index=index, disjoint=False).deduplicated()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_lists_that_do_not_end_with_a_block_are_left(case: str) -> None:
+    inputs, plan = problem(**CASES[case])
+    plan = that_end_anywhere(with_a_key_for_all(plan, 20), SLOTS)
+    plan.key_index[0, 0, 1, -5:] = 1 << 30  # not used, not read
     found, left = run(inputs, plan)
-    assert left == [number == 6 for number in range(8)]
+    assert left == (plan.key_count % 32 != 0).flatten().tolist()
+    assert_exact(inputs, plan, found)
+
+
+def test_tensors_that_do_not_end_with_a_block_are_for_the_general_kernel() -> None:
+    inputs, plan = problem()
+    plan = that_end_anywhere(plan, SLOTS - 11)
+    with watched_launches() as seen:
+        found = triton_backend.attend_all(*inputs, [plan], scale=0.25)
+    assert [key[0] for _, key, _ in seen] == ["forward"]
+    assert_exact(inputs, plan, [found.out, found.lse])
+
+
+def test_more_slots_than_there_are_are_not_read() -> None:
+    inputs, plan = problem(causal=False)
+    found, _ = run(inputs, replace(plan, key_count=plan.key_count + 1000))
     assert_exact(inputs, plan, found)
 
 
