@@ -44,7 +44,7 @@ def check(name: str, length: int, head_dim: int) -> None:
             attention, is_causal = CALLS[name]
             out = attention.replace(backend=backend)(*leaves, is_causal=is_causal)
         gradients = torch.autograd.grad(out.float().square().sum(), leaves)
-        outputs.append([x.float() for x in (out, *gradients)])
+        outputs.append([x.detach().float() for x in (out, *gradients)])
     torch.cuda.synchronize()
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(*outputs, strict=True)]
     print(f"{name:10s} n={length} d={head_dim} out, dq, dk, dv:", *(f"{x:.4f}" for x in errors))
