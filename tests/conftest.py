@@ -14,9 +14,12 @@ import hypothesis
 import pytest
 import torch
 
+from . import quick_interpreter
+
 # kernels run in triton's interpreter where there is no GPU; read when triton is imported
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    quick_interpreter.install()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -69,6 +69,13 @@ def by_hand(
             early = q[:0] if earlier is None else earlier[b, h]
             logits = scale * (torch.cat([early, q]) @ k.T)
             shift = len(early)
+            centred = []
+            for j in range(num_keys):
+                past = k[: j // runs[1] * runs[1]]
+                centred.append(k[j] - mean(past if is_causal else k, steps[1], runs[1]))
+            hashed = [
+                [bucket(x, rotation) for x in centred] for rotation in rotations[:, b, h // group]
+            ]
             for start in range(0, num_queries, size):
                 begin = start + offset
                 # what the tile's rows found, and what they saw
@@ -89,15 +96,11 @@ def by_hand(
                     else:
                         y = q[row] - mean(q, steps[0])
                     kept = set()
-                    for r in range(detector.num_rounds):
-                        rotation = rotations[r, b, h // group]
+                    for rotation, key_buckets in zip(
+                        rotations[:, b, h // group], hashed, strict=True
+                    ):
                         own = bucket(y, rotation)
-                        members = []
-                        for j in range(num_keys):
-                            past = k[: j // runs[1] * runs[1]]
-                            centre = mean(past if is_causal else k, steps[1], runs[1])
-                            if bucket(k[j] - centre, rotation) == own:
-                                members.append(j)
+                        members = [j for j in range(num_keys) if key_buckets[j] == own]
                         if is_causal:
                             last = (position if strict else begin) - detector.min_offset
                             seen = [j for j in members if j < last][-detector.reach :]
