@@ -15,7 +15,7 @@ import hypothesis
 import pytest
 import torch
 
-from . import quick_interpreter
+from tests import quick_interpreter
 
 # kernels run in triton's interpreter where there is no GPU; read when triton is imported
 if not torch.cuda.is_available():

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from hyperframe import HyperAttention
-
-from . import quick_interpreter
+from tests import quick_interpreter
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402

@@ -6,20 +6,12 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperframe.detectors import heavy_columns
 from hyperframe.detectors.heavy_columns import HeavyColumns, column_scores
 from hyperframe.errors import UnsupportedError
-
-
-def tensors(
-    seed: int = 0, *, num_queries: int = 40, num_keys: int = 40, dim: int = 4
-) -> tuple[torch.Tensor, torch.Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    query = torch.randn(2, 4, num_queries, dim, generator=g)
-    key = torch.randn(2, 2, num_keys, dim, generator=g)
-    return query, key
+from tests.finding_laws import Largest
+from tests.finding_laws import random_heads as tensors
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -32,20 +24,6 @@ def planted(num_keys: int, columns: list[int]) -> tuple[torch.Tensor, torch.Tens
     query[..., 0] += 5.0
     key[:, :, columns, 0] += 8.0
     return query, key
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor that an operation made."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        outs = out if isinstance(out, (tuple, list)) else [out]
-        for x in outs:
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
-        return out
 
 
 def test_column_scores_are_sums_of_softmax_rows() -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperframe.attention import HyperAttention
 from hyperframe.detectors import leaf_detector
@@ -19,10 +19,12 @@ from hyperframe.errors import ArgumentError, ArgumentTypeError
 from hyperframe.kernels import leaves as leaves_module
 from hyperframe.testing import masked_attention
 from hyperframe.testing.strategies import AttentionInputs, attention_inputs
+from tests import finding_laws
+from tests.finding_laws import SIZES, random_heads
 
 FORMS = pytest.mark.parametrize("form", ["tree", "kmeans"])
 NAMES = st.sampled_from(["tree", "kmeans"])
-SIZES = st.integers(1, 60)
+tensors = partial(random_heads, dtype=torch.float64)
 
 
 def detector_of(form: str, leaf: int = 4, leaves: int = 2, **options: Any) -> AbstractLeafDetector:
@@ -36,15 +38,6 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def tensors(
-    seed: int = 0, *, num_queries: int = 40, num_keys: int = 40, dim: int = 4
-) -> tuple[torch.Tensor, torch.Tensor]:
-    g = generator(seed)
-    query = torch.randn(2, 4, num_queries, dim, generator=g, dtype=torch.float64)
-    key = torch.randn(2, 2, num_keys, dim, generator=g, dtype=torch.float64)
-    return query, key
-
-
 def planted(
     num_keys: int, num_clusters: int, *, dim: int = 16, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -56,21 +49,6 @@ def planted(
     liked = torch.arange(num_keys) // 32 % num_clusters
     query = 2 * centres[liked] + 0.1 * torch.randn(1, 4, num_keys, dim, generator=g)
     return query, key, label == liked.unsqueeze(-1)
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor that an operation made."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
-        return out
 
 
 @FORMS
@@ -332,15 +310,10 @@ def test_no_intermediate_grows_with_the_square_of_the_length(
     # what the operators make is seen where their implementations are called
     monkeypatch.setattr(leaves_module, "best_leaves", leaves_module.torch_best_leaves)
     monkeypatch.setattr(leaf_detector, "leaf_means", leaves_module.torch_leaf_means)
-    largest = []
-    for n in (1024, 2048):
-        query, key = torch.zeros(1, 2, n, 8), torch.zeros(1, 2, n, 8)
-        detector = detector_of(form, 16, 4, tile_size=32, chunk_size=128)
-        with Largest() as record:
-            detector.find(query, key, is_causal=is_causal)
-        largest.append(record.numel)
-        assert record.numel <= 2 * n * 64
-    assert largest[1] <= 2.2 * largest[0]
+    detector = detector_of(form, 16, 4, tile_size=32, chunk_size=128)
+    finding_laws.no_intermediate_grows_with_the_square_of_the_length(
+        partial(detector.find, is_causal=is_causal), width=64, growth=2.2
+    )
 
 
 @FORMS

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from hyperframe.attention import HyperAttention
 from hyperframe.detectors import blocks as blocks_module
 from hyperframe.detectors.quest import Quest, block_extremes, logit_bounds
 from hyperframe.errors import ArgumentError, ArgumentTypeError
 from hyperframe.testing.strategies import AttentionInputs, attention_inputs
+from tests import finding_laws
+from tests.finding_laws import SIZES
+from tests.finding_laws import random_heads as tensors
 
-SIZES = st.integers(1, 60)
 SMALL = Quest(block_size=4, num_blocks=2, num_queries=2, tile_size=8)
 REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "max"])
-
-
-def tensors(
-    seed: int = 0, *, num_queries: int = 40, num_keys: int = 40, dim: int = 4
-) -> tuple[torch.Tensor, torch.Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    query = torch.randn(2, 4, num_queries, dim, generator=g)
-    key = torch.randn(2, 2, num_keys, dim, generator=g)
-    return query, key
 
 
 @given(attention_inputs(), st.integers(1, 20), st.floats(-3, 3))
@@ -131,65 +122,35 @@ def test_the_maximum_over_the_rows_themselves_finds_what_one_row_looks_at() -> N
 
 
 @REDUCTIONS
-@given(num_queries=SIZES, num_keys=SIZES, cut=SIZES, seed=st.integers(0, 999))
-@example(num_queries=60, num_keys=60, cut=31, seed=0)
-@example(num_queries=40, num_keys=57, cut=21, seed=0)
-@example(num_queries=60, num_keys=41, cut=43, seed=0)
+@finding_laws.at_any_cut
 def test_no_later_key_moves_a_causal_row(
     reduction: str, num_queries: int, num_keys: int, cut: int, seed: int
 ) -> None:
-    query, key = tensors(seed, num_queries=num_queries, num_keys=num_keys)
-    detector, cut = SMALL.replace(reduction=reduction), min(cut, num_queries)
-    before = detector.find(query, key, is_causal=True).to_dense()
-    key[:, :, max(0, cut + num_keys - num_queries) :] *= -50
-    after = detector.find(query, key, is_causal=True).to_dense()
-    assert torch.equal(before[:, :, :cut], after[:, :, :cut])
+    find = partial(SMALL.replace(reduction=reduction).find, is_causal=True)
+    finding_laws.no_later_token_moves_a_row(find, num_queries, num_keys, cut, seed, keys_only=True)
 
 
 @REDUCTIONS
-@given(num_queries=SIZES, num_keys=SIZES, cut=SIZES, seed=st.integers(0, 999))
-@example(num_queries=60, num_keys=60, cut=31, seed=0)
-@example(num_queries=53, num_keys=44, cut=41, seed=0)
+@finding_laws.at_any_cut
 def test_no_later_key_or_query_moves_a_strictly_causal_row(
     reduction: str, num_queries: int, num_keys: int, cut: int, seed: int
 ) -> None:
-    query, key = tensors(seed, num_queries=num_queries, num_keys=num_keys)
-    detector, cut = SMALL.replace(reduction=reduction), min(cut, num_queries)
-    before = detector.find_strict(query, key, is_causal=True).to_dense()
-    query[:, :, cut:] *= -50
-    key[:, :, max(0, cut + num_keys - num_queries) :] *= -50
-    after = detector.find_strict(query, key, is_causal=True).to_dense()
-    assert torch.equal(before[:, :, :cut], after[:, :, :cut])
+    find = partial(SMALL.replace(reduction=reduction).find_strict, is_causal=True)
+    finding_laws.no_later_token_moves_a_row(find, num_queries, num_keys, cut, seed, keys_only=False)
 
 
 @pytest.mark.parametrize("num_earlier", [0, 3, 20])
 def test_in_a_strict_rectangle_no_later_query_moves_a_row(num_earlier: int) -> None:
-    query, key = tensors(num_queries=30, num_keys=25)
-    earlier = tensors(1, num_queries=20)[0][:, :, :num_earlier] if num_earlier else None
-    rectangle: Any = {"query_start": 25, "strict": True, "earlier_query": earlier}
-    before = SMALL.find_rectangle(query, key, **rectangle).to_dense()
-    for cut in (1, 8, 9, 20):
-        changed = query.clone()
-        changed[:, :, cut:] *= -50
-        after = SMALL.find_rectangle(changed, key, **rectangle).to_dense()
-        assert torch.equal(before[:, :, :cut], after[:, :, :cut])
-    loose = SMALL.find_rectangle(query, key, query_start=25)
-    assert torch.equal(loose.to_dense(), SMALL.find(query, key).to_dense())
-    if earlier is not None:
-        other = SMALL.find_rectangle(query, key, **{**rectangle, "earlier_query": -earlier})
-        assert not torch.equal(before, other.to_dense())
+    finding_laws.no_later_query_moves_a_row_of_a_strict_rectangle(SMALL, num_earlier)
 
 
 @given(attention_inputs(), st.booleans(), st.booleans())
 def test_any_input_gives_a_mask_and_shared_key_heads_are_as_repeated_ones(
     inputs: AttentionInputs, is_causal: bool, strict: bool
 ) -> None:
-    query, key, _ = inputs
-    find = SMALL.find_strict if strict else SMALL.find
-    mask = find(query, key, is_causal=is_causal).validate()
-    if inputs.structure == "plain":
-        again = find(query, inputs.expanded_key(), is_causal=is_causal)
-        assert torch.equal(mask.to_dense(), again.to_dense())
+    finding_laws.shared_key_heads_are_as_repeated_ones(
+        SMALL, inputs, is_causal=is_causal, strict=strict
+    )
 
 
 @REDUCTIONS
@@ -204,33 +165,15 @@ def test_tiles_scored_one_by_one_are_the_same(
     assert torch.equal(whole, detector.find(query, key, is_causal=is_causal).to_dense())
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor that an operation made."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
-        return out
-
-
 @REDUCTIONS
 def test_no_intermediate_grows_with_the_square_of_the_length(
     reduction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocks_module, "_CHUNK_BYTES", 1 << 15)
     detector = Quest(block_size=16, num_blocks=2, tile_size=16, reduction=reduction)
-    largest = []
-    for n in (1024, 2048):
-        query, key = torch.zeros(1, 2, n, 8), torch.zeros(1, 2, n, 8)
-        with Largest() as record:
-            detector.find(query, key, is_causal=True)
-        largest.append(record.numel)
-        assert record.numel <= 2 * n * 32
-    assert largest[1] <= 2.1 * largest[0]
+    finding_laws.no_intermediate_grows_with_the_square_of_the_length(
+        partial(detector.find, is_causal=True)
+    )
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -244,31 +187,15 @@ def test_no_value_is_read(is_causal: bool) -> None:
 # torch's own: its compiler makes an instance of the function to trace it
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_finding_compiles_to_one_graph() -> None:
-    detector = SMALL.replace(reduction="max")
-
-    def find(query: torch.Tensor, key: torch.Tensor) -> list[torch.Tensor]:
-        mask = detector.find_strict(query, key, is_causal=True)
-        return [part.key_index for part in mask.parts()]  # type: ignore[attr-defined]
-
-    torch._dynamo.reset()
-    compiled = torch.compile(find, fullgraph=True, backend="aot_eager")
-    inputs = tensors(num_keys=53)
-    torch.testing.assert_close(compiled(*inputs), find(*inputs))
+    find = SMALL.replace(reduction="max").find_strict
+    finding_laws.finds_in_one_graph(partial(find, is_causal=True))
 
 
 @pytest.mark.parametrize("causal", ["single_pass", "recursive"])
 @pytest.mark.parametrize("strict", [False, True])
 def test_with_all_blocks_attention_is_exact(causal: str, strict: bool) -> None:
-    query, key = tensors(num_queries=45, num_keys=45)
-    attention = HyperAttention(
-        detector=SMALL.replace(num_blocks=20), num_samples=0, min_seq_len=8, causal=causal,
-        strict_causal=strict,
-    )  # fmt: skip
-    out = attention(query, key, key, is_causal=True)
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        query, key, key, is_causal=True, enable_gqa=True
-    )
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    detector = SMALL.replace(num_blocks=20)
+    finding_laws.with_every_key_attention_is_exact(detector, causal, strict=strict)
 
 
 def test_bad_options_are_refused_by_name() -> None:

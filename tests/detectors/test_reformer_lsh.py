@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -12,21 +14,13 @@ from hyperframe.detectors.reformer_lsh import ReformerLSH, rotation_codes
 from hyperframe.errors import ArgumentError, ArgumentTypeError
 from hyperframe.testing import masked_attention
 from hyperframe.testing.strategies import AttentionInputs, attention_inputs
+from tests.finding_laws import SIZES, random_heads
 
-SIZES = st.integers(1, 60)
+tensors = partial(random_heads, dim=6, dtype=torch.float64)
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def tensors(
-    seed: int = 0, *, num_queries: int = 40, num_keys: int = 40, dim: int = 6
-) -> tuple[torch.Tensor, torch.Tensor]:
-    g = generator(seed)
-    query = torch.randn(2, 4, num_queries, dim, generator=g, dtype=torch.float64)
-    key = torch.randn(2, 2, num_keys, dim, generator=g, dtype=torch.float64)
-    return query, key
 
 
 def codes(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from hyperframe.attention import HyperAttention
 from hyperframe.detectors import vertical_slash
 from hyperframe.detectors.vertical_slash import VerticalSlash
 from hyperframe.errors import ArgumentError, ArgumentTypeError
@@ -18,23 +17,16 @@ from hyperframe.kernels import votes as votes_module
 from hyperframe.kernels.slashes import caught_mass
 from hyperframe.kernels.votes import diagonal_mass
 from hyperframe.testing.strategies import AttentionInputs, attention_inputs
+from tests import finding_laws
+from tests.finding_laws import SIZES
+from tests.finding_laws import random_heads as tensors
 
-SIZES = st.integers(1, 60)
 SMALL = VerticalSlash(
     num_columns=6, num_diagonals=8, num_queries=3, num_segments=4, tile_size=4
 )  # fmt: skip
 MODES = pytest.mark.parametrize(
     "is_causal, strict", [(False, False), (False, True), (True, False), (True, True)]
 )
-
-
-def tensors(
-    seed: int = 0, *, num_queries: int = 40, num_keys: int = 40, dim: int = 4
-) -> tuple[torch.Tensor, torch.Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    query = torch.randn(2, 4, num_queries, dim, generator=g)
-    key = torch.randn(2, 2, num_keys, dim, generator=g)
-    return query, key
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -269,35 +261,24 @@ def test_near_diagonals_are_left_to_others_on_request(is_causal: bool, strict: b
     assert (far & ~columns).any()
 
 
-@given(num_queries=SIZES, num_keys=SIZES, cut=SIZES, seed=st.integers(0, 999))
-@example(num_queries=60, num_keys=60, cut=31, seed=0)
-@example(num_queries=40, num_keys=57, cut=21, seed=0)
-@example(num_queries=60, num_keys=41, cut=43, seed=0)
+@finding_laws.at_any_cut
 def test_no_later_key_moves_a_causal_row(
     num_queries: int, num_keys: int, cut: int, seed: int
 ) -> None:
-    query, key = tensors(seed, num_queries=num_queries, num_keys=num_keys)
-    cut = min(cut, num_queries)
-    before = SMALL.find(query, key, is_causal=True, generator=generator(seed)).to_dense()
-    key[:, :, max(0, cut + num_keys - num_queries) :] *= -50
-    after = SMALL.find(query, key, is_causal=True, generator=generator(seed)).to_dense()
-    assert torch.equal(before[:, :, :cut], after[:, :, :cut])
+    finding_laws.no_later_token_moves_a_row(
+        lambda q, k: SMALL.find(q, k, is_causal=True, generator=generator(seed)),
+        num_queries, num_keys, cut, seed, keys_only=True,
+    )  # fmt: skip
 
 
-@given(num_queries=SIZES, num_keys=SIZES, cut=SIZES, seed=st.integers(0, 999))
-@example(num_queries=60, num_keys=60, cut=31, seed=0)
-@example(num_queries=53, num_keys=44, cut=41, seed=0)
+@finding_laws.at_any_cut
 def test_no_later_key_or_query_moves_a_strictly_causal_row(
     num_queries: int, num_keys: int, cut: int, seed: int
 ) -> None:
-    query, key = tensors(seed, num_queries=num_queries, num_keys=num_keys)
-    cut = min(cut, num_queries)
-    options: Any = {"strict": True, "is_causal": True}
-    before = find(SMALL, query, key, generator=generator(seed), **options)
-    query[:, :, cut:] *= -50
-    key[:, :, max(0, cut + num_keys - num_queries) :] *= -50
-    after = find(SMALL, query, key, generator=generator(seed), **options)
-    assert torch.equal(before[:, :, :cut], after[:, :, :cut])
+    finding_laws.no_later_token_moves_a_row(
+        lambda q, k: SMALL.find_strict(q, k, is_causal=True, generator=generator(seed)),
+        num_queries, num_keys, cut, seed, keys_only=False,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("num_keys", [41, 48, 55])
@@ -328,20 +309,7 @@ def test_a_vote_of_a_first_row_counts_no_later_key() -> None:
 
 @pytest.mark.parametrize("num_earlier", [0, 3, 20])
 def test_in_a_strict_rectangle_no_later_query_moves_a_row(num_earlier: int) -> None:
-    query, key = tensors(num_queries=30, num_keys=25)
-    earlier = tensors(1, num_queries=20)[0][:, :, :num_earlier] if num_earlier else None
-    rectangle: Any = {"query_start": 25, "strict": True, "earlier_query": earlier}
-    before = SMALL.find_rectangle(query, key, **rectangle).to_dense()
-    for cut in (1, 8, 9, 20):
-        changed = query.clone()
-        changed[:, :, cut:] *= -50
-        after = SMALL.find_rectangle(changed, key, **rectangle).to_dense()
-        assert torch.equal(before[:, :, :cut], after[:, :, :cut])
-    loose = SMALL.find_rectangle(query, key, query_start=25)
-    assert torch.equal(loose.to_dense(), SMALL.find(query, key).to_dense())
-    if earlier is not None:
-        other = SMALL.find_rectangle(query, key, **{**rectangle, "earlier_query": -earlier})
-        assert not torch.equal(before, other.to_dense())
+    finding_laws.no_later_query_moves_a_row_of_a_strict_rectangle(SMALL, num_earlier)
 
 
 def test_what_is_near_in_a_rectangle_follows_its_place() -> None:
@@ -363,12 +331,9 @@ def test_what_is_near_in_a_rectangle_follows_its_place() -> None:
 def test_any_input_gives_a_mask_and_shared_key_heads_are_as_repeated_ones(
     inputs: AttentionInputs, is_causal: bool, strict: bool
 ) -> None:
-    query, key, _ = inputs
-    method = SMALL.find_strict if strict else SMALL.find
-    mask = method(query, key, is_causal=is_causal).validate()
-    if inputs.structure == "plain":
-        again = method(query, inputs.expanded_key(), is_causal=is_causal)
-        assert torch.equal(mask.to_dense(), again.to_dense())
+    finding_laws.shared_key_heads_are_as_repeated_ones(
+        SMALL, inputs, is_causal=is_causal, strict=strict
+    )
 
 
 @given(num_queries=SIZES, num_keys=SIZES, seed=st.integers(0, 999), is_causal=st.booleans())
@@ -419,19 +384,6 @@ def without_operators(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(vertical_slash, name, getattr(votes_module, f"torch_{name}"))
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor that an operation made."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
-        return out
-
-
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_no_intermediate_grows_with_the_square_of_the_length(
     is_causal: bool, monkeypatch: pytest.MonkeyPatch
@@ -442,14 +394,9 @@ def test_no_intermediate_grows_with_the_square_of_the_length(
     detector = VerticalSlash(
         num_columns=16, num_diagonals=16, num_queries=4, num_segments=8, tile_size=16
     )
-    largest = []
-    for n in (1024, 2048):
-        query, key = torch.zeros(1, 2, n, 8), torch.zeros(1, 2, n, 8)
-        with Largest() as record:
-            detector.find(query, key, is_causal=is_causal)
-        largest.append(record.numel)
-        assert record.numel <= 2 * n * 32
-    assert largest[1] <= 2.1 * largest[0]
+    finding_laws.no_intermediate_grows_with_the_square_of_the_length(
+        partial(detector.find, is_causal=is_causal)
+    )
 
 
 @MODES
@@ -463,29 +410,14 @@ def test_no_value_is_read(is_causal: bool, strict: bool) -> None:
 # torch's own: its compiler makes an instance of the function to trace it
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_finding_compiles_to_one_graph() -> None:
-    def lists(query: torch.Tensor, key: torch.Tensor) -> list[torch.Tensor]:
-        mask = SMALL.find(query, key, is_causal=True)
-        return [part.key_index for part in mask.parts()]  # type: ignore[attr-defined]
-
-    torch._dynamo.reset()
-    compiled = torch.compile(lists, fullgraph=True, backend="aot_eager")
-    inputs = tensors(num_keys=53)
-    torch.testing.assert_close(compiled(*inputs), lists(*inputs))
+    finding_laws.finds_in_one_graph(partial(SMALL.find, is_causal=True))
 
 
 @pytest.mark.parametrize("causal", ["single_pass", "recursive"])
 @pytest.mark.parametrize("strict", [False, True])
 def test_with_all_columns_attention_is_exact(causal: str, strict: bool) -> None:
-    query, key = tensors(num_queries=45, num_keys=45)
-    attention = HyperAttention(
-        detector=SMALL.replace(num_columns=4 * 45, num_segments=2), num_samples=0, min_seq_len=8,
-        causal=causal, strict_causal=strict,
-    )  # fmt: skip
-    out = attention(query, key, key, is_causal=True)
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        query, key, key, is_causal=True, enable_gqa=True
-    )
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    detector = SMALL.replace(num_columns=4 * 45, num_segments=2)
+    finding_laws.with_every_key_attention_is_exact(detector, causal, strict=strict)
 
 
 def test_bad_options_are_refused_by_name() -> None:
