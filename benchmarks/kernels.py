@@ -25,7 +25,7 @@ from hyperframe import detectors, samplers
 from hyperframe.benchmarking.methods import tile_plan
 from hyperframe.benchmarking.report import append_rows
 from hyperframe.builder import build_plans
-from hyperframe.kernels.triton import attend, sample_gradients
+from hyperframe.kernels.triton import attend, plan_gradients, sample_gradients
 from hyperframe.kernels.triton.configs import OVERRIDES, Config
 from hyperframe.randomness import Stream
 
@@ -90,9 +90,10 @@ def compile_one(name: str, heads: int, head_dim: int, kernel: str, config: Confi
 def launches(step: Callable[[], object], repeats: int) -> dict[str, tuple[float, Config]]:
     """Return the median milliseconds of every kernel that a step launches, and what it ran with.
 
-    By the names under which `attend` launches them, which leave out how many rows a tile has.
+    By the names under which they are launched, which leave out how many rows a tile has.
     """
     found: dict[str, list[tuple[Any, Any, Config]]] = {}
+    modules = (attend, plan_gradients, sample_gradients)
     launch = attend.launch
 
     def timed(kernel: Any, key: tuple[Any, ...], *arguments: Any) -> Config:
@@ -105,13 +106,15 @@ def launches(step: Callable[[], object], repeats: int) -> dict[str, tuple[float,
 
     step()
     torch.cuda.synchronize()
-    attend.launch = sample_gradients.launch = timed
+    for module in modules:
+        module.launch = timed
     try:
         for _ in range(repeats):
             step()
         torch.cuda.synchronize()
     finally:
-        attend.launch = sample_gradients.launch = launch
+        for module in modules:
+            module.launch = launch
     return {
         name: (statistics.median(start.elapsed_time(stop) for start, stop, _ in runs), runs[0][2])
         for name, runs in found.items()

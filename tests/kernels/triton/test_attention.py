@@ -349,9 +349,9 @@ def test_tiles_of_any_size_deterministically(tile_size: int) -> None:
 def test_gradients_by_slot_do_not_depend_on_how_many_tiles_are_stored_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from hyperframe.kernels.triton import attend as kernels
+    from hyperframe.kernels.triton import plan_gradients
 
-    monkeypatch.setattr(kernels, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(plan_gradients, "_CHUNK_BYTES", 1)
     plan = sized_plan("grouped", 16, 40, 50, slots=40)
     with deterministic_algorithms(True):
         compare(drawn_inputs(2, 1, 40, 50), plan)

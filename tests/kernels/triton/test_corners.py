@@ -205,8 +205,8 @@ def test_tf32_by_either_of_its_names(ask: str, answer: bool) -> None:
         pytest.skip("this PyTorch has the older name alone")
     code = (
         f"import torch; {ask}\n"
-        "from hyperframe.kernels.triton.attend import _precision\n"
-        "print(_precision(torch.ones(1)), _precision(torch.ones(1).half()))"
+        "from hyperframe.kernels.triton.variants import precision\n"
+        "print(precision(torch.ones(1)), precision(torch.ones(1).half()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["tf32" if answer else "ieee", "ieee"]

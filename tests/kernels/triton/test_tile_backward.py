@@ -50,7 +50,7 @@ def _float32_too(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def apart(monkeypatch: pytest.MonkeyPatch) -> list[list[bool]]:
     """Which tiles of the heads every backward left to the other kernel."""
-    from hyperframe.kernels.triton import attend, configs
+    from hyperframe.kernels.triton import configs, plan_gradients
     from hyperframe.kernels.triton.backward_rows import backward_rows_kernel
 
     left: list[list[bool]] = []
@@ -61,7 +61,7 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> list[list[bool]]:
             left.append(((sent["bits_ptr"] >> 62) & 1).flatten().bool().tolist())
         return launch(kernel, key, config, programs, arguments)
 
-    monkeypatch.setattr(attend, "launch", watched)
+    monkeypatch.setattr(plan_gradients, "launch", watched)
     return left
 
 
