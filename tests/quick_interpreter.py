@@ -2,10 +2,10 @@
 
 It runs a kernel in numpy, one operation at a time, and most of its time goes elsewhere: a table of
 all dtypes is built to look one up; types and shapes are wrapped and checked again for each result;
-every call of a device function goes through all members of
-`triton.language`, none of which is left to be patched inside a launch; reductions and scans by a
-function of one's own go element by element. Here a type is looked up once, what is patched is left
-alone, and such functions get whole blocks: pairs of neighbours, first one first, as on a GPU.
+every call of a device function goes through all members of `triton.language`, none of which is left
+to be patched inside a launch; reductions and scans by a function of one's own go one element at a
+time. Here a type is looked up once, what is patched is left alone, and such functions get whole
+blocks: pairs of neighbours, first one first, as on a GPU.
 
 Everything else stays as it is: `test_quick_interpreter.py` compares the two.
 """
