@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import zlib
 from collections.abc import Mapping
@@ -90,10 +89,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)
-
-
-def pytest_collection_finish() -> None:
-    gc.freeze()  # thousands of tests and modules stay; collecting garbage need not go through them
 
 
 @pytest.hookimpl(tryfirst=True)
