@@ -10,7 +10,6 @@ import torch
 from ..component import check_positive_int
 from ..errors import ArgumentError, ArgumentTypeError
 from ..masks import HeavyMask, ListMask
-from ..tables import kept_few
 from .base import AbstractDetector
 
 __all__ = ["BlockList"]
@@ -141,11 +140,20 @@ class BlockList(AbstractDetector):
         """The pattern over the first queries and keys; blocks outside of them are left out."""
         heads = query.shape[1]
         list_heads = heads if any(len(pair) == 3 for pair in self.blocks) else key.shape[1]
-        table = _block_table(
-            self.blocks, list_heads, -(-num_queries // self.block_size),
-            -(-num_keys // self.block_size), query.device,
-        )  # fmt: skip
-        within = torch.arange(self.block_size, device=table.device)
+        num_tiles = -(-num_queries // self.block_size)
+        num_key_blocks = -(-num_keys // self.block_size)
+        lists: list[list[set[int]]] = [[set() for _ in range(num_tiles)] for _ in range(list_heads)]
+        for pair in self.blocks:
+            row, column = pair[-2:]
+            if row < num_tiles and column < num_key_blocks:
+                for head in [pair[0]] if len(pair) == 3 else range(list_heads):
+                    lists[head][row].add(column)
+        longest = max([0, *(len(found) for rows in lists for found in rows)])
+        table = torch.tensor(
+            [[sorted(found) + [-1] * (longest - len(found)) for found in rows] for rows in lists],
+            dtype=torch.int64,
+        ).view(list_heads, num_tiles, longest)
+        within = torch.arange(self.block_size)
         index = (table.unsqueeze(-1) * self.block_size + within).flatten(2)
         is_key = (table >= 0).unsqueeze(-1).expand(-1, -1, -1, self.block_size).flatten(2)
         # blocks ascend, so the keys that a short last block lacks are at the end of the list
@@ -154,8 +162,8 @@ class BlockList(AbstractDetector):
         return ListMask(
             batch_size=batch, num_query_heads=heads, num_queries=num_queries, num_keys=num_keys,
             is_causal=is_causal,
-            key_index=index.clamp(0, num_keys - 1).expand(batch, -1, -1, -1),
-            key_count=count.expand(batch, -1, -1), tile_size=self.block_size,
+            key_index=index.clamp(0, num_keys - 1).to(query.device).expand(batch, -1, -1, -1),
+            key_count=count.to(query.device).expand(batch, -1, -1), tile_size=self.block_size,
         )  # fmt: skip
 
     def find_rectangle(
@@ -174,26 +182,3 @@ class BlockList(AbstractDetector):
         num_queries, num_keys = query.shape[2], key.shape[2]
         whole = self._mask(query, key, first_row + num_queries, key_start + num_keys)
         return whole.restricted(first_row, num_queries, key_start, num_keys)
-
-
-@kept_few
-def _block_table(
-    blocks: tuple[tuple[int, ...], ...], heads: int, num_tiles: int, num_key_blocks: int,
-    device: torch.device,
-) -> torch.Tensor:  # fmt: skip
-    """Return int64 `[heads, num_tiles, longest]`: the key blocks of each row, ascending, then -1.
-
-    Made once, since a graph that is captured can't copy a list from the host.
-    """
-    lists: list[list[set[int]]] = [[set() for _ in range(num_tiles)] for _ in range(heads)]
-    for pair in blocks:
-        row, column = pair[-2:]
-        if row < num_tiles and column < num_key_blocks:
-            for head in [pair[0]] if len(pair) == 3 else range(heads):
-                lists[head][row].add(column)
-    longest = max([0, *(len(found) for rows in lists for found in rows)])
-    table = torch.tensor(
-        [[sorted(found) + [-1] * (longest - len(found)) for found in rows] for rows in lists],
-        dtype=torch.int64,
-    )
-    return table.view(heads, num_tiles, longest).to(device)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
+
+from tests.finding_laws import random_heads
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def tensors(
-    seed: int = 0, *, num_queries: int = 40, num_keys: int = 40, dim: int = 6
-) -> tuple[torch.Tensor, torch.Tensor]:
-    g = generator(seed)
-    query = torch.randn(2, 4, num_queries, dim, generator=g, dtype=torch.float64)
-    return query, torch.randn(2, 2, num_keys, dim, generator=g, dtype=torch.float64)
+tensors = partial(random_heads, dim=6, dtype=torch.float64)
 
 
 def heavy(
